@@ -1,0 +1,176 @@
+"""The game as the network sees it: Atari through ale-py, 42x42 grey pictures, normalised.
+
+gym 0.26 has no plug-in for today's ale-py, which brings every ROM along but registers with Gymnasium alone.
+`AtariEnv` is that plug-in: a `gym.Env` straight over the emulator.
+"""
+
+import difflib
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
+
+import ale_py
+import cv2
+import gym
+import numpy as np
+from ale_py import roms
+from gym import spaces
+
+cv2.setNumThreads(1)  # a 42x42 picture gives a pool of threads nothing to do
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # before the first emulator, or it prints a banner
+
+FRAMES_PER_SECOND = 60  # of the console, when played by a person
+MAX_FRAMES_PER_EPISODE = 108_000  # 30 minutes of play
+MULTIPLAYER_ONLY = {"combat", "joust", "maze_craze", "warlords"}
+
+
+class AtariGame(NamedTuple):
+    """What an environment id stands for (Machado et al. 2018, section 5, has the reasons)."""
+
+    rom: str
+    frame_skip: tuple[int, int]  # frames per step, drawn uniformly; the upper bound is exclusive
+    repeat_action_probability: float  # "sticky actions": the emulator keeps the previous action
+
+
+@cache
+def atari_games() -> dict[str, AtariGame]:
+    """Return every environment id with the game it stands for."""
+    games = {}
+    for rom in sorted(set(roms.get_all_rom_ids()) - MULTIPLAYER_ONLY):
+        name = rom.title().replace("_", "")
+        for variant, frame_skip in ("", (2, 5)), ("Deterministic", (4, 5)), ("NoFrameskip", (1, 2)):
+            games[f"{name}{variant}-v0"] = AtariGame(rom, frame_skip, 0.25)
+            games[f"{name}{variant}-v4"] = AtariGame(rom, frame_skip, 0.0)
+        games[f"ALE/{name}-v5"] = AtariGame(rom, (4, 5), 0.25)
+    return games
+
+
+def find_game(env_id: str) -> AtariGame:
+    """Return the game that `env_id` stands for; raise `ValueError`, with the closest ids, if there is none."""
+    games = atari_games()
+    if env_id not in games:
+        spelling = {known.lower(): known for known in games}
+        close = [spelling[c] for c in difflib.get_close_matches(env_id.lower(), spelling, cutoff=0.7)]
+        hint = f"did you mean {' or '.join(close)}?" if close else "ids look like Pong-v0 or ALE/Pong-v5"
+        raise ValueError(f"unknown environment '{env_id}': {hint}")
+    return games[env_id]
+
+
+class AtariEnv(gym.Env):
+    """One Atari game; an observation is the screen's channel mean, (height, width) float32 in [0, 255].
+
+    Raises `ValueError` for an unknown id or render mode.
+    """
+
+    metadata: ClassVar = {"render_modes": ["rgb_array", "human"]}
+
+    def __init__(self, env_id: str, render_mode: str | None = None) -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"unknown render mode {render_mode!r}: use 'rgb_array' or 'human'")
+        self.game = find_game(env_id)
+        self.render_mode = render_mode
+        mean_frame_skip = (self.game.frame_skip[0] + self.game.frame_skip[1] - 1) / 2
+        self.metadata = AtariEnv.metadata | {"render_fps": FRAMES_PER_SECOND / mean_frame_skip}
+        self.ale = ale_py.ALEInterface()
+        self.ale.setFloat("repeat_action_probability", self.game.repeat_action_probability)
+        self.ale.setInt("max_num_frames_per_episode", MAX_FRAMES_PER_EPISODE)
+        if render_mode == "human":
+            self.ale.setBool("display_screen", True)
+            self.ale.setBool("sound", True)
+        self._load_seeded_rom()
+        self._actions = self.ale.getMinimalActionSet()
+        self._grey = np.full(256, np.nan, dtype=np.float32)  # channel mean of each palette index; NaN: not seen yet
+        self.action_space = spaces.Discrete(len(self._actions))
+        self.observation_space = spaces.Box(0.0, 255.0, self.ale.getScreenDims(), np.float32)
+
+    def _load_seeded_rom(self) -> None:
+        # The emulator reads its settings, the seed among them, only while it loads a ROM.
+        self.ale.setInt("random_seed", int(self.np_random.integers(2**31)))
+        self.ale.loadROM(roms.get_rom_path(self.game.rom))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start an episode; a `seed` reseeds the emulator and the frame skip."""
+        super().reset(seed=seed, options=options)
+        if seed is not None:
+            self._load_seeded_rom()
+        self.ale.reset_game()
+        return self._observation(), self._info()
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Hold `action` for the game's frame skip; return the last frame and the summed reward."""
+        ale_action = self._actions[action]
+        frames = self.np_random.integers(*self.game.frame_skip)
+        reward = sum(self.ale.act(ale_action) for _ in range(frames))
+        terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
+        return self._observation(), float(reward), terminated, truncated, self._info()
+
+    def render(self) -> np.ndarray | None:
+        """Return the screen, (height, width, 3) uint8; None with "human", where the emulator draws by itself."""
+        return self.ale.getScreenRGB() if self.render_mode == "rgb_array" else None
+
+    def _observation(self) -> np.ndarray:
+        # Looking the palette's indices up is a quarter of the cost of reading three channels and averaging them.
+        # The emulator does not tell its palettes (there are several), so a colour is learnt when it first appears.
+        screen = self.ale.getScreen()
+        grey = cv2.LUT(screen, self._grey)
+        if np.isnan(grey.max()):
+            self._grey[screen] = self.ale.getScreenRGB().mean(axis=2, dtype=np.float32)
+            grey = cv2.LUT(screen, self._grey)
+        return grey
+
+    def _info(self) -> dict[str, Any]:
+        return {"lives": self.ale.lives(), "episode_frame_number": self.ale.getEpisodeFrameNumber()}
+
+
+def process_screen(screen: np.ndarray) -> np.ndarray:
+    """Turn a grey screen, (height, width) float32 in [0, 255], into the (1, 42, 42) float32 picture in [0, 1].
+
+    Rows 34 to 193 hold the playing field. Going by way of 80x80 keeps every pixel of it in the picture: bilinear
+    interpolation reads four neighbours only, and from 160 straight to 42 it would step over a ball of 2x4 pixels.
+    """
+    field = cv2.resize(screen[34:194, :160], (80, 80))
+    return cv2.resize(field, (42, 42))[np.newaxis] / np.float32(255)
+
+
+class ProcessedScreen(gym.ObservationWrapper):
+    """The picture of `process_screen` as the observation."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.observation_space = spaces.Box(0.0, 1.0, (1, 42, 42), np.float32)
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        """Process one screen."""
+        return process_screen(observation)
+
+
+class NormalizedObservation(gym.ObservationWrapper):
+    """(frame - mean) / (std + 1e-8), with running averages of the frames' own means and standard deviations.
+
+    Both are scalars over the whole picture, exponential averages with decay 0.9999 since the environment was made
+    (across episodes), divided by 1 - 0.9999^n as they start from zero, like Adam's moments (Kingma and Ba 2015,
+    section 3).
+    """
+
+    DECAY = 0.9999
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.observation_space = spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+        self.mean, self.std, self.num_frames = 0.0, 0.0, 0
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        """Take one frame into the averages and normalise it with them."""
+        mean, std = cv2.meanStdDev(observation[0])
+        self.num_frames += 1
+        self.mean += (1 - self.DECAY) * (mean.item() - self.mean)
+        self.std += (1 - self.DECAY) * (std.item() - self.std)
+        correction = 1 - self.DECAY**self.num_frames
+        return (observation - self.mean / correction) / (self.std / correction + 1e-8)
+
+
+def create_atari_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """Return the game `env_id` with observations (1, 42, 42) float32, normalised, and unclipped rewards.
+
+    Raises `ValueError` for an unknown id or render mode ("rgb_array", "human" or None).
+    """
+    return NormalizedObservation(ProcessedScreen(AtariEnv(env_id, render_mode)))

@@ -1,0 +1,123 @@
+"""One training worker: copy the shared weights, act, bootstrap, update (Mnih et al. 2016, algorithm S3)."""
+
+import argparse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from envs import create_atari_env
+from model import ActorCritic
+from my_optim import SharedAdam
+
+
+def worker_seed(seed: int, rank: int) -> int:
+    """Return a seed for process `rank` that no other rank, under this or another `--seed`, is likely to have."""
+    return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
+
+
+def discounted_returns(rewards: list[float], bootstrap: float, gamma: float) -> list[float]:
+    """R_t = r_t + gamma R_{t+1} for the T rewards of a rollout, with R_T = `bootstrap`, the value of its last state."""
+    returns, R = [], bootstrap
+    for reward in reversed(rewards):
+        R = reward + gamma * R
+        returns.append(R)
+    return returns[::-1]
+
+
+def generalized_advantages(rewards: list[float], values: list[float], gamma: float, gae_lambda: float) -> list[float]:
+    """Generalized advantage estimation, GAE(lambda) (Schulman et al. 2016, equation 16), T of them.
+
+    `values` has one entry more than `rewards`: the bootstrap. delta_t = r_t + gamma V_{t+1} - V_t, and
+    gae_t = delta_t + gamma lambda gae_{t+1}; with lambda 1 this is R_t - V_t, with lambda 0 it is delta_t.
+    """
+    advantages, gae = [], 0.0
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * values[t + 1] - values[t]
+        gae = delta + gamma * gae_lambda * gae
+        advantages.append(gae)
+    return advantages[::-1]
+
+
+def a3c_loss(logits: Tensor, values: Tensor, actions: Tensor, rewards: list[float], args: argparse.Namespace) -> Tensor:
+    """Loss of one rollout, summed over its T steps: policy gradient, entropy bonus and squared value error.
+
+    Args:
+        logits: (T, num_actions). values: (T + 1,), the last one the bootstrap. actions: (T,) int64. rewards: T.
+        args: gamma, gae_lambda, entropy_coef and value_loss_coef are read.
+
+    No gradient flows from the policy term into the values (the advantages are weights there), nor into the bootstrap.
+    """
+    estimates = values.detach().tolist()
+    returns = torch.tensor(discounted_returns(rewards, estimates[-1], args.gamma))
+    advantages = torch.tensor(generalized_advantages(rewards, estimates, args.gamma, args.gae_lambda))
+    log_probs = F.log_softmax(logits, dim=1)
+    entropy = -(log_probs.exp() * log_probs).sum(dim=1)
+    chosen = log_probs.gather(1, actions.unsqueeze(1)).squeeze(1)
+    policy_loss = -(chosen * advantages + args.entropy_coef * entropy).sum()
+    value_loss = 0.5 * (returns - values[:-1]).pow(2).sum()
+    return policy_loss + args.value_loss_coef * value_loss
+
+
+def hand_over_gradients(model: ActorCritic, shared_model: ActorCritic) -> None:
+    """Make the local gradients this process's gradients of the shared parameters.
+
+    The shared *parameters* live in shared memory; their `grad` does not, it is an attribute that each process has for
+    itself. It must be set at every update: since PyTorch 2.0 `zero_grad` sets gradients to None, so a reference kept
+    from the first update would go on pointing at that update's gradient.
+    """
+    for parameter, shared_parameter in zip(model.parameters(), shared_model.parameters(), strict=True):
+        shared_parameter.grad = parameter.grad
+
+
+def train(rank: int, args: argparse.Namespace, shared_model: ActorCritic, optimizer: SharedAdam, steps: Tensor) -> None:
+    """Train until all workers together have made `args.max_steps` steps; `steps` (int64) has one slot a worker."""
+    torch.set_num_threads(1)
+    assert all(p.is_shared() for p in shared_model.parameters()), "the weights must lie in shared memory"
+    seed = worker_seed(args.seed, rank)
+    torch.manual_seed(seed)
+    env = create_atari_env(args.env_name)
+    model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
+    observation, _ = env.reset(seed=seed)
+    state, episode_length = model.initial_state(), 0
+
+    while args.max_steps is None or steps.sum() < args.max_steps:
+        # Copy the shared weights.
+        model.load_state_dict(shared_model.state_dict())
+        state = tuple(s.detach() for s in state)
+
+        # Act for one rollout, at most to the episode's end.
+        all_logits, values, actions, rewards = [], [], [], []
+        for _ in range(args.num_steps):
+            value, logits, state = model(torch.from_numpy(observation).unsqueeze(0), state)
+            action = F.softmax(logits.detach(), dim=1).multinomial(1)
+            observation, reward, terminated, truncated, _ = env.step(action.item())
+            episode_length += 1
+            truncated = truncated or episode_length >= args.max_episode_length
+            all_logits.append(logits)
+            values.append(value.squeeze(1))
+            actions.append(action.squeeze(1))
+            rewards.append(max(min(reward, 1.0), -1.0))
+            if terminated or truncated:
+                break
+
+        # Bootstrap: nothing comes after an episode that ended; one that was merely cut would have gone on.
+        if terminated:
+            values.append(torch.zeros(1))
+        else:
+            with torch.no_grad():
+                values.append(model(torch.from_numpy(observation).unsqueeze(0), state)[0].squeeze(1))
+
+        # Update the shared weights, without a lock.
+        loss = a3c_loss(torch.cat(all_logits), torch.cat(values), torch.cat(actions), rewards, args)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        hand_over_gradients(model, shared_model)
+        optimizer.step()
+        steps[rank] += len(rewards)
+
+        if terminated or truncated:
+            observation, _ = env.reset()
+            state, episode_length = model.initial_state(), 0
