@@ -26,12 +26,18 @@ from test import evaluate
 from train import train
 
 
+def fail(message: str) -> NoReturn:
+    """Say in one line what is wrong with the input, and exit with status 2."""
+    print(f"main.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, without the usage, and exits with status 2."""
+    """An argument parser that says what is wrong in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Print `message` and exit."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        fail(message)
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
@@ -83,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         find_game(args.env_name)
     except ValueError as error:
-        parser.error(str(error))
+        fail(str(error))
     return args
 
 
@@ -106,14 +112,13 @@ def make_run_folder(args: argparse.Namespace) -> Path:
     return folder
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Start the processes, watch over them, and return the exit status."""
-    args = parse_args()
+    args = parse_args(argv)
     try:
         run_folder = make_run_folder(args)
     except OSError as error:
-        print(f"main.py: error: cannot write the run: {error}", file=sys.stderr)
-        return 2
+        fail(f"cannot write the run: {error}")
 
     # Children inherit this before their libraries start: threads would only fight for the cores, which the processes
     # fill. `spawn`, everywhere: a fork copies the state of libraries that have threads, and macOS does not bear it.

@@ -1,0 +1,56 @@
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from model import ActorCritic
+from my_optim import SharedAdam
+from train import hand_over_gradients
+
+
+def set_gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-2])
+def test_shared_adam_is_adam(lr):
+    torch.manual_seed(0)
+    model, twin = ActorCritic(1, 6), ActorCritic(1, 6)
+    twin.load_state_dict(model.state_dict())
+    optimizer = SharedAdam(model.parameters(), lr=lr)
+    twin_optimizer = torch.optim.Adam(twin.parameters(), lr=lr, fused=True)
+    for seed in range(200):
+        set_gradients(model, seed)
+        hand_over_gradients(model, twin)
+        optimizer.step()
+        twin_optimizer.step()
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+        for name in "step", "exp_avg", "exp_avg_sq":
+            assert torch.equal(optimizer.state[parameter][name], twin_optimizer.state[expected][name])
+
+
+def step_once(model, optimizer, seed):
+    assert [p.data_ptr() for p in model.parameters()] == [p.data_ptr() for p in optimizer.param_groups[0]["params"]]
+    set_gradients(model, seed)
+    optimizer.step()
+
+
+def test_processes_advance_one_adam():
+    torch.manual_seed(0)
+    model, twin = ActorCritic(1, 6).share_memory(), ActorCritic(1, 6)
+    twin.load_state_dict(model.state_dict())
+    optimizer, twin_optimizer = SharedAdam(model.parameters()), SharedAdam(twin.parameters())
+    for seed in range(2):
+        process = mp.get_context("spawn").Process(target=step_once, args=(model, optimizer, seed))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        step_once(twin, twin_optimizer, seed)
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        state, expected_state = optimizer.state[parameter], twin_optimizer.state[expected]
+        assert state["step"] == 2
+        assert torch.equal(parameter, expected)
+        assert torch.equal(state["exp_avg"], expected_state["exp_avg"])
+        assert torch.equal(state["exp_avg_sq"], expected_state["exp_avg_sq"])

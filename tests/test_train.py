@@ -1,0 +1,190 @@
+from types import SimpleNamespace
+
+import gym
+import numpy as np
+import pytest
+import torch
+from gym import spaces
+
+import train
+from model import ActorCritic
+from my_optim import SharedAdam
+from train import a3c_loss, discounted_returns, generalized_advantages
+
+
+def options(**changes):
+    defaults = {
+        "env_name": "PongDeterministic-v4",
+        "seed": 1,
+        "gamma": 0.99,
+        "gae_lambda": 1.0,
+        "entropy_coef": 0.01,
+        "value_loss_coef": 0.5,
+        "max_grad_norm": 50.0,
+        "num_steps": 20,
+        "max_episode_length": 1_000_000,
+        "max_steps": 60,
+    }
+    return SimpleNamespace(**defaults | changes)
+
+
+def test_returns_are_discounted_and_end_in_the_bootstrap():
+    assert discounted_returns([1.0, 0.0, 2.0], 4.0, 0.5) == [1 + 0.5 * 2.0, 0.5 * 4.0, 2 + 0.5 * 4.0]
+    assert discounted_returns([1.0], 0.0, 0.99) == [1.0]
+
+
+# rewards 1, 0, 2; values 0.5, 1, -1 and the bootstrap 4; gamma 0.5
+# delta: 1 + 0.5 - 0.5 = 1;  0 - 0.5 - 1 = -1.5;  2 + 2 + 1 = 5
+@pytest.mark.parametrize(
+    ("gae_lambda", "expected"),
+    [
+        (1.0, [1 - 0.75 + 1.25, -1.5 + 2.5, 5.0]),  # the returns 2, 2, 4 less the values
+        (0.5, [1 + 0.25 * (-1.5 + 0.25 * 5), -1.5 + 0.25 * 5, 5.0]),
+        (0.0, [1.0, -1.5, 5.0]),
+    ],
+)
+def test_generalized_advantages(gae_lambda, expected):
+    advantages = generalized_advantages([1.0, 0.0, 2.0], [0.5, 1.0, -1.0, 4.0], 0.5, gae_lambda)
+    assert advantages == pytest.approx(expected)
+
+
+def test_loss_of_a_rollout_worked_by_hand():
+    # Two steps, two actions; the policy is uniform, then 3:1. gamma 0.5, lambda 1, bootstrap 2.
+    logits = torch.tensor([[0.0, 0.0], [np.log(3.0), 0.0]])
+    values, actions = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1, 0])
+    # Returns: 0 + 1 = 1 after 1 + 0.5 x 1 = 1.5; advantages 1.5 - 0.5 = 1 and 1 - 1 = 0... rewards 1 and 0.
+    log_half, log_three_quarters = np.log(0.5), np.log(0.75)
+    entropy = [-log_half, -(0.75 * log_three_quarters + 0.25 * np.log(0.25))]
+    policy_loss = -(log_half * 1.0 + log_three_quarters * 0.0) - 0.1 * sum(entropy)
+    value_loss = 0.5 * 1.0**2 + 0.5 * 0.0**2
+    loss = a3c_loss(logits, values, actions, [1.0, 0.0], options(gamma=0.5, entropy_coef=0.1, value_loss_coef=0.3))
+    assert loss.item() == pytest.approx(policy_loss + 0.3 * value_loss)
+
+
+def test_gradients_flow_where_they_should_and_nowhere_else():
+    logits = torch.randn(3, 6, requires_grad=True)
+    values = torch.tensor([0.3, -0.2, 0.1, 0.7], requires_grad=True)
+    actions, rewards = torch.tensor([0, 5, 2]), [1.0, 0.0, -1.0]
+    args = options(gamma=0.9, gae_lambda=0.5, entropy_coef=0.0)
+    a3c_loss(logits, values, actions, rewards, args).backward()
+    returns = torch.tensor(discounted_returns(rewards, 0.7, 0.9))
+    # Into the values: the value loss's gradient alone. Into the bootstrap: none.
+    torch.testing.assert_close(values.grad[:3], 0.5 * (values.detach()[:3] - returns))
+    assert values.grad[3] == 0
+    # Into the logits: advantage x (policy - chosen action).
+    advantages = torch.tensor(generalized_advantages(rewards, values.tolist(), 0.9, 0.5))
+    expected = (logits.detach().softmax(1) - torch.eye(6)[actions]) * advantages.unsqueeze(1)
+    torch.testing.assert_close(logits.grad, expected)
+
+
+class ShortGame(gym.Env):
+    """Noise to look at; the episode ends, or is truncated, at its third step."""
+
+    def __init__(self, terminates, truncates):
+        self.ends = terminates, truncates
+        self.observation_space = spaces.Box(-np.inf, np.inf, (1, 42, 42), np.float32)
+        self.action_space = spaces.Discrete(6)
+
+    def reset(self, seed=None, options=None):
+        self.num_steps = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.num_steps += 1
+        at_end = self.num_steps == 3
+        return self.observe(), 5.0, at_end and self.ends[0], at_end and self.ends[1], {}
+
+    def observe(self):
+        return np.random.default_rng(self.num_steps).standard_normal((1, 42, 42), dtype=np.float32)
+
+
+def losses_of(monkeypatch, args):
+    """Train in this process and return what each rollout's loss was computed from."""
+    calls = []
+
+    def recorded(logits, values, actions, rewards, args):
+        calls.append(SimpleNamespace(logits=logits, values=values, actions=actions, rewards=rewards))
+        return a3c_loss(logits, values, actions, rewards, args)
+
+    monkeypatch.setattr(train, "a3c_loss", recorded)
+    torch.manual_seed(0)
+    shared_model = ActorCritic(1, 6).share_memory()
+    steps = torch.zeros(1, dtype=torch.int64)
+    train.train(0, args, shared_model, SharedAdam(shared_model.parameters()), steps)
+    assert steps.item() == sum(len(call.rewards) for call in calls)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("terminates", "truncates", "max_episode_length", "num_steps", "length", "cut"),
+    [
+        (True, False, 100, 20, 3, False),
+        (True, True, 100, 20, 3, False),  # the game ended, whatever else happened at that step
+        (False, True, 100, 20, 3, True),
+        (False, False, 2, 20, 2, True),
+        (False, False, 100, 4, 4, True),
+    ],
+)
+def test_the_bootstrap_is_zero_after_an_end_and_the_critics_value_after_a_cut(
+    monkeypatch, terminates, truncates, max_episode_length, num_steps, length, cut
+):
+    monkeypatch.setattr(train, "create_atari_env", lambda env_name: ShortGame(terminates, truncates))
+    args = options(max_episode_length=max_episode_length, num_steps=num_steps, max_steps=1)
+    (rollout,) = losses_of(monkeypatch, args)
+    assert rollout.rewards == [1.0] * length  # clipped
+    assert rollout.values.shape == (length + 1,)
+    torch.manual_seed(0)
+    model = ActorCritic(1, 6)
+    state, game = model.initial_state(), ShortGame(False, False)
+    for game.num_steps in range(length + 1):
+        value, _, state = model(torch.from_numpy(game.observe()).unsqueeze(0), state)
+    assert rollout.values[-1].item() == pytest.approx(value.item() if cut else 0.0, abs=1e-6)
+    assert value.abs() > 1e-3
+
+
+def test_three_updates_hand_over_three_gradients_of_their_own(monkeypatch):
+    models, expected, received = [], [], []
+
+    def recorded_model(*sizes):
+        models.append(ActorCritic(*sizes))
+        return models[-1]
+
+    def recorded_loss(*inputs):
+        loss = a3c_loss(*inputs)
+        expected.append(torch.autograd.grad(loss, list(models[-1].parameters()), retain_graph=True))
+        return loss
+
+    class RecordedAdam(SharedAdam):
+        def step(self):
+            received.append([p.grad.clone() for p in self.param_groups[0]["params"]])
+            super().step()
+
+    monkeypatch.setattr(train, "ActorCritic", recorded_model)
+    monkeypatch.setattr(train, "a3c_loss", recorded_loss)
+    shared_model = ActorCritic(1, 6).share_memory()
+    before = [p.clone() for p in shared_model.parameters()]
+    optimizer = RecordedAdam(shared_model.parameters())
+    train.train(0, options(), shared_model, optimizer, torch.zeros(1, dtype=torch.int64))
+    assert len(received) == len(expected) == 3
+    for gradients, expected_gradients in zip(received, expected, strict=True):
+        torch.testing.assert_close(gradients, list(expected_gradients))
+    assert not torch.equal(received[0][0], received[1][0])
+    assert all((p != q).any() for p, q in zip(shared_model.parameters(), before, strict=True))
+
+
+def test_gradients_are_clipped_to_the_norm(monkeypatch):
+    norms = []
+
+    class RecordedAdam(SharedAdam):
+        def step(self):
+            norms.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]).norm().item())
+
+    shared_model = ActorCritic(1, 6).share_memory()
+    args = options(max_grad_norm=1e-4)
+    train.train(0, args, shared_model, RecordedAdam(shared_model.parameters()), torch.zeros(1, dtype=torch.int64))
+    assert norms == pytest.approx([1e-4] * 3, rel=0.02)
+
+
+def test_every_process_draws_from_a_seed_of_its_own():
+    seeds = {train.worker_seed(seed, rank) for seed in range(20) for rank in range(17)}
+    assert len(seeds) == 20 * 17
