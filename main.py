@@ -8,11 +8,9 @@ import itertools
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +22,7 @@ from model import ActorCritic
 from my_optim import SharedAdam
 from test import evaluate
 from train import train
+from workers import ENVIRONMENT, run_processes
 
 
 def fail(message: str) -> NoReturn:
@@ -120,10 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         fail(f"cannot write the run: {error}")
 
-    # Children inherit this before their libraries start: threads would only fight for the cores, which the processes
-    # fill. `spawn`, everywhere: a fork copies the state of libraries that have threads, and macOS does not bear it.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    mp.set_start_method("spawn")
+    os.environ |= ENVIRONMENT
+    mp.set_start_method("spawn")  # everywhere: a fork copies the locks of running threads, and macOS does not bear it
     torch.manual_seed(args.seed)
     env = create_atari_env(args.env_name)
     shared_model = ActorCritic(env.observation_space.shape[0], env.action_space.n).share_memory()
@@ -131,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.no_shared:
         optimizers = [SharedAdam(shared_model.parameters(), lr=args.lr) for _ in range(args.num_processes)]
     steps = torch.zeros(args.num_processes, dtype=torch.int64).share_memory_()
+    ready = torch.zeros(args.num_processes + 1, dtype=torch.bool).share_memory_()
 
     until = f"for {args.max_steps} steps" if args.max_steps else "until stopped"
     print(
@@ -138,36 +136,13 @@ def main(argv: list[str] | None = None) -> int:
         f"Writing to {run_folder}{os.sep}: episodes.csv, videos. Ctrl-C stops the run.",
         flush=True,
     )
-    processes = [
-        mp.Process(target=evaluate, args=(args, shared_model, steps, time.time(), run_folder), name="test process")
-    ]
+    processes = []
     for rank, optimizer in enumerate(optimizers):
-        worker_args = (rank, args, shared_model, optimizer, steps)
+        worker_args = (rank, args, shared_model, optimizer, steps, ready, run_folder)
         processes.append(mp.Process(target=train, args=worker_args, name=f"training process {rank}"))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the main process's business alone
-    for process in processes:
-        process.start()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    return watch(processes, run_folder)
-
-
-def watch(processes: list[mp.Process], run_folder: Path) -> int:
-    """Wait until all processes have ended by themselves; stop the others if one fails, or all at Ctrl-C."""
-    running = {process.sentinel: process for process in processes}
-    status = 0
-    try:
-        while running and status == 0:
-            for sentinel in wait(list(running)):
-                process = running.pop(sentinel)
-                process.join()
-                if process.exitcode != 0:
-                    print(f"main.py: {process.name} died (exit code {process.exitcode})", file=sys.stderr)
-                    status = 1
-    except KeyboardInterrupt:
-        status = 130
-    for process in running.values():
-        process.terminate()
-        process.join()
+    test_args = (args, shared_model, steps, ready, time.time(), run_folder)
+    processes.insert(1, mp.Process(target=evaluate, args=test_args, name="test process"))
+    status = run_processes(processes, ready)
     print(f"{'Done' if status == 0 else 'Stopped'}; the run lies in {run_folder}", flush=True)
     return status
 

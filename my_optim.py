@@ -21,8 +21,9 @@ class SharedAdam(torch.optim.Adam):
         sizes = [size for p in params for size in (1, p.numel(), p.numel())]
         block = iter(torch.zeros(sum(sizes)).share_memory_().split(sizes))
         for p in params:
+            # The fused kernel runs through memory: moments must have the parameter's strides, not only its shape.
             self.state[p] = {
                 "step": next(block).view(()),
-                "exp_avg": next(block).view_as(p),
-                "exp_avg_sq": next(block).view_as(p),
+                "exp_avg": next(block).as_strided(p.shape, p.stride()),
+                "exp_avg_sq": next(block).as_strided(p.shape, p.stride()),
             }

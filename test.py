@@ -4,21 +4,25 @@ The weights are copied at an episode's start only, so that one score belongs to 
 """
 
 import argparse
+import random
 import time
 from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import cv2
 import gym
 import numpy as np
 import torch
-import torch.nn.functional as F
 from imageio_ffmpeg import write_frames
 from torch import Tensor
 
 from envs import create_atari_env
 from model import ActorCritic
 from train import worker_seed
+from workers import CoreTurn
+
+STEPS_A_TURN = 40  # about as long as a worker's turn, a rollout and its update, takes
 
 
 def open_video(path: Path, env: gym.Env) -> Generator[None, np.ndarray, None]:
@@ -46,24 +50,31 @@ def enlarged_screen(env: gym.Env) -> np.ndarray:
     return cv2.resize(env.render(), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
 
 
-@torch.inference_mode()
 def play_episode(
-    env: gym.Env, model: ActorCritic, max_length: int, seed: int | None = None, video: Path | None = None
+    env: gym.Env,
+    model: ActorCritic,
+    rng: random.Random,
+    max_length: int,
+    video: Path | None = None,
+    turn: AbstractContextManager = nullcontext(),  # noqa: B008 - it has no state
 ) -> tuple[float, int]:
     """Play one episode, sampling from the policy; return the reward, unclipped, and the length in steps."""
-    observation, _ = env.reset(seed=seed)
+    observation, _ = env.reset()
     state = model.initial_state()
     total_reward, length, done = 0.0, 0, False
     writer = open_video(video, env) if video else None
     while not done:
-        if writer:
-            writer.send(enlarged_screen(env))
-        _, logits, state = model(torch.from_numpy(observation).unsqueeze(0), state)
-        action = F.softmax(logits, dim=1).multinomial(1).item()
-        observation, reward, terminated, truncated, _ = env.step(action)
-        total_reward += reward
-        length += 1
-        done = terminated or truncated or length >= max_length
+        with turn:
+            for _ in range(STEPS_A_TURN):
+                if writer:
+                    writer.send(enlarged_screen(env))
+                action, state = model.act(torch.from_numpy(observation), state, rng)
+                observation, reward, terminated, truncated, _ = env.step(action)
+                total_reward += reward
+                length += 1
+                done = terminated or truncated or length >= max_length
+                if done:
+                    break
     if writer:
         writer.send(enlarged_screen(env))
         writer.close()
@@ -71,15 +82,22 @@ def play_episode(
 
 
 def evaluate(
-    args: argparse.Namespace, shared_model: ActorCritic, steps: Tensor, start_time: float, run_folder: Path
+    args: argparse.Namespace,
+    shared_model: ActorCritic,
+    steps: Tensor,
+    ready: Tensor,
+    start_time: float,
+    run_folder: Path,
 ) -> None:
     """Play test episodes until the training steps are made; a console line and a row of episodes.csv for each."""
     torch.set_num_threads(1)
     seed = worker_seed(args.seed, args.num_processes)
-    torch.manual_seed(seed)
+    rng = random.Random(seed)
     env = create_atari_env(args.env_name, render_mode="rgb_array")
     model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
     env.reset(seed=seed)
+    turn = CoreTurn(run_folder, args.num_processes)
+    ready[-1] = True
     with open(run_folder / "episodes.csv", "w") as file:
         file.write("episode,time_s,num_steps,fps,reward,length\n")
 
@@ -88,7 +106,7 @@ def evaluate(
         model.load_state_dict(shared_model.state_dict())
         record = args.record_every and episode % args.record_every == 0
         video = run_folder / "videos" / f"rl-video-episode-{episode}.mp4" if record else None
-        reward, length = play_episode(env, model, args.max_episode_length, video=video)
+        reward, length = play_episode(env, model, rng, args.max_episode_length, video, turn)
         elapsed, num_steps = time.time() - start_time, steps.sum().item()
         fps = num_steps / elapsed
         minutes, seconds = divmod(int(elapsed), 60)
