@@ -1,0 +1,160 @@
+"""Steps per second of the game alone, of the textbook worker (textbook.py) and of ours, evaluator included.
+
+python tests/benchmark.py --seconds 20 --rounds 5
+
+All workers of all cells are started once and stopped by signal; then every round lets each cell run in turn, so that
+the machine's moods fall on all of them alike. With `--profile`: where a step's time goes in our worker.
+"""
+
+import argparse
+import os
+import platform
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import textbook
+import torch
+import torch.multiprocessing as mp
+
+import main
+import test
+import train
+from envs import create_atari_env
+from model import ActorCritic
+from my_optim import SharedAdam
+from workers import ENVIRONMENT, num_cores
+
+
+def play_game(rank, args, shared_model, optimizer, steps, ready, run_folder):
+    """The game alone: emulator and preprocessing, random actions, no network."""
+    env, rng = create_atari_env(args.env_name), random.Random(rank)
+    env.reset(seed=rank)
+    ready[rank] = True
+    while True:
+        for _ in range(20):
+            _, _, terminated, truncated, _ = env.step(rng.randrange(env.action_space.n))
+            if terminated or truncated:
+                env.reset()
+        steps[rank] += 20
+
+
+class Cell:
+    """One program at one number of processes; running or stopped."""
+
+    def __init__(self, program: str, num_processes: int, env_name: str) -> None:
+        self.program, self.num_processes, self.rates = program, num_processes, []
+        self.folder = Path(tempfile.mkdtemp())
+        args = main.parse_args(["--env-name", env_name, "--num-processes", str(num_processes), "--record-every", "0"])
+        create_model = textbook.create_model if program == "textbook" else ActorCritic
+        shared_model = create_model(1, create_atari_env(env_name).action_space.n).share_memory()
+        create_optimizer = textbook.create_optimizer
+        if program == "ours":
+            create_optimizer = lambda model, lr: SharedAdam(model.parameters(), lr=lr)
+        optimizer = create_optimizer(shared_model, args.lr)
+        self.steps = torch.zeros(num_processes, dtype=torch.int64).share_memory_()
+        self.ready = torch.zeros(num_processes + 1, dtype=torch.bool).share_memory_()
+        worker = {"game": play_game, "textbook": textbook.train, "ours": train.train}[program]
+        self.processes = [
+            mp.Process(target=worker, args=(rank, args, shared_model, optimizer, self.steps, self.ready, self.folder))
+            for rank in range(num_processes)
+        ]
+        if program == "game":
+            self.ready[-1] = True
+        else:
+            evaluator_args = (args, shared_model, self.steps, self.ready, time.time(), self.folder)
+            self.processes.append(mp.Process(target=silent_evaluator, args=evaluator_args))
+
+    def start(self) -> None:
+        for name in ENVIRONMENT:
+            os.environ.pop(name, None)
+        os.environ |= {"OMP_NUM_THREADS": "1"} if self.program == "textbook" else ENVIRONMENT
+        for process in self.processes:
+            process.start()
+        while not self.steps.all():  # the first rollout imports and allocates
+            time.sleep(0.1)
+        self.signal(signal.SIGSTOP)
+
+    def signal(self, number: int) -> None:
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def measure(self, seconds: float) -> None:
+        self.signal(signal.SIGCONT)
+        time.sleep(min(2.0, seconds / 5))  # caches, first rollouts
+        before, start = self.steps.sum().item(), time.perf_counter()
+        time.sleep(seconds)
+        self.rates.append((self.steps.sum().item() - before) / (time.perf_counter() - start))
+        self.signal(signal.SIGSTOP)
+
+    def stop(self) -> None:
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+        shutil.rmtree(self.folder)
+
+
+def silent_evaluator(*args) -> None:
+    sys.stdout = open(os.devnull, "w")
+    test.evaluate(*args)
+
+
+def ratios(cell: Cell, base: Cell) -> list[float]:
+    return [a / b for a, b in zip(cell.rates, base.rates, strict=True)]
+
+
+def machine() -> str:
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return f"{num_cores()} cores of {model}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=15, help="of each cell in each round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 16])
+    parser.add_argument("--env-name", default="Pong-v0")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    mp.set_start_method("spawn")
+    cells = {
+        (program, n): Cell(program, n, args.env_name)
+        for n in args.processes
+        for program in ("game", "textbook", "ours")
+    }
+    try:
+        for cell in cells.values():
+            cell.start()
+        for _ in range(args.rounds):
+            for cell in cells.values():
+                cell.measure(args.seconds)
+    finally:
+        for cell in cells.values():
+            cell.stop()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(f"{args.env_name}, {time.strftime('%Y-%m-%d')}, commit {commit or 'unknown'}; {machine()};")
+    print(f"training steps/s, medians of {args.rounds} rounds of {args.seconds:g} s; an evaluator runs beside the workers\n")
+    print("| processes | game alone | textbook worker | our worker | ours / textbook (min - max) |")
+    print("| --- | --- | --- | --- | --- |")
+    for n in args.processes:
+        game, base, ours = (cells[program, n] for program in ("game", "textbook", "ours"))
+        pairs = ratios(ours, base)
+        rates = " | ".join(f"{statistics.median(cell.rates):.0f}" for cell in (game, base, ours))
+        print(f"| {n} | {rates} | **{statistics.median(pairs):.2f}** ({min(pairs):.2f} - {max(pairs):.2f}) |")
+
+
+if __name__ == "__main__":
+    run(parse_args())
