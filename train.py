@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs import create_atari_env
-from model import ActorCritic
+from model import ActorCritic, State
 from my_optim import SharedAdam
 from workers import CoreTurn
 
@@ -61,6 +61,28 @@ def a3c_loss(logits: Tensor, values: Tensor, actions: Tensor, rewards: list[floa
     policy_loss = -(chosen * advantages + args.entropy_coef * entropy).sum()
     value_loss = 0.5 * (returns - values[:-1]).pow(2).sum()
     return policy_loss + args.value_loss_coef * value_loss
+
+
+def rollout_loss(
+    model: ActorCritic,
+    observations: Tensor,
+    state: State,
+    actions: list[int],
+    rewards: list[float],
+    terminated: bool,
+    args: argparse.Namespace,
+) -> Tensor:
+    """Loss of a rollout that was acted from `state` without a graph: the graph is made here, in one batch.
+
+    The weights do not change inside a rollout, so this is what a graph that grew while acting would give, in a third
+    of the time. `observations` is (T + 1, num_inputs, 42, 42), the last one what the last action led to: its value is
+    the bootstrap, but zero where the episode ended, as nothing comes after it. An episode that was merely cut, by the
+    rollout's length or a time limit, would have gone on.
+    """
+    values, logits = model.unroll(observations, state)
+    if terminated:
+        values = torch.cat([values[:-1], torch.zeros(1)])
+    return a3c_loss(logits[:-1], values, torch.tensor(actions), rewards, args)
 
 
 def hand_over_gradients(model: ActorCritic, shared_model: ActorCritic) -> None:
@@ -122,21 +144,14 @@ def train(
                 if terminated or truncated:
                     break
 
-            # Look at it again, now as one batch and with a graph: the weights did not change, so the gradient is the
-            # same as if the graph had grown step by step, and the passes take a third of the time.
-            values, logits = model.unroll(observations[: len(rewards) + 1], first_state)
-
-            # Bootstrap: nothing comes after an episode that ended; one that was merely cut would have gone on.
-            if terminated:
-                values = torch.cat([values[:-1], torch.zeros(1)])
-
             # Update the shared weights, without a lock.
             model.zero_grad()
-            a3c_loss(logits[:-1], values, torch.tensor(actions), rewards, args).backward()
+            T = len(rewards)
+            rollout_loss(model, observations[: T + 1], first_state, actions, rewards, terminated, args).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             hand_over_gradients(model, shared_model)
             optimizer.step()
-            steps[rank] += len(rewards)
+            steps[rank] += T
 
             if terminated or truncated:
                 observation, _ = env.reset()

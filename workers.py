@@ -45,7 +45,7 @@ class CoreTurn:
     def __init__(self, run_folder: Path, rank: int) -> None:
         self._next_in_line = 2 * (rank % num_cores())
         self._running = self._next_in_line + 1
-        self._file = open(run_folder / ".turns", "ab")  # noqa: SIM115 - open as long as the process lives
+        self._file = os.open(run_folder / ".turns", os.O_RDWR | os.O_CREAT)
 
     def __enter__(self) -> Self:
         if fcntl:

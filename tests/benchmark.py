@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -54,12 +55,11 @@ class Cell:
         self.program, self.num_processes, self.rates = program, num_processes, []
         self.folder = Path(tempfile.mkdtemp())
         args = main.parse_args(["--env-name", env_name, "--num-processes", str(num_processes), "--record-every", "0"])
-        create_model = textbook.create_model if program == "textbook" else ActorCritic
+        create_model, create_optimizer = ActorCritic, SharedAdam
+        if program == "textbook":
+            create_model, create_optimizer = textbook.create_model, textbook.create_optimizer
         shared_model = create_model(1, create_atari_env(env_name).action_space.n).share_memory()
-        create_optimizer = textbook.create_optimizer
-        if program == "ours":
-            create_optimizer = lambda model, lr: SharedAdam(model.parameters(), lr=lr)
-        optimizer = create_optimizer(shared_model, args.lr)
+        optimizer = create_optimizer(shared_model.parameters(), args.lr)
         self.steps = torch.zeros(num_processes, dtype=torch.int64).share_memory_()
         self.ready = torch.zeros(num_processes + 1, dtype=torch.bool).share_memory_()
         worker = {"game": play_game, "textbook": textbook.train, "ours": train.train}[program]
@@ -103,8 +103,8 @@ class Cell:
 
 
 def silent_evaluator(*args) -> None:
-    sys.stdout = open(os.devnull, "w")
-    test.evaluate(*args)
+    with open(os.devnull, "w") as devnull, redirect_stdout(devnull):
+        test.evaluate(*args)
 
 
 def ratios(cell: Cell, base: Cell) -> list[float]:
@@ -116,7 +116,8 @@ def machine() -> str:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    return f"{num_cores()} cores of {model}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{num_cores()} cores of {model}, {platform.system()}, {versions}"
 
 
 def parse_args() -> argparse.Namespace:
@@ -146,7 +147,9 @@ def run(args: argparse.Namespace) -> None:
             cell.stop()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"{args.env_name}, {time.strftime('%Y-%m-%d')}, commit {commit or 'unknown'}; {machine()};")
-    print(f"training steps/s, medians of {args.rounds} rounds of {args.seconds:g} s; an evaluator runs beside the workers\n")
+    print(
+        f"training steps/s, medians of {args.rounds} rounds of {args.seconds:g} s; an evaluator runs beside the workers"
+    )
     print("| processes | game alone | textbook worker | our worker | ours / textbook (min - max) |")
     print("| --- | --- | --- | --- | --- |")
     for n in args.processes:

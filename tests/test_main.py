@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -133,7 +134,7 @@ def test_a_worker_that_dies_ends_the_run(tmp_path):
     command = [sys.executable, ROOT / "main.py", "--num-processes", "2", "--record-every", "0"]
     run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     workers = []
-    while len(workers) < 3:
+    while len(workers) < 3:  # they start one after another
         time.sleep(0.1)
         table = subprocess.run(["ps", "-Aww", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
         rows = [row.split(maxsplit=2) for row in table.splitlines()]
@@ -149,7 +150,7 @@ def test_a_video_has_a_picture_for_every_step_and_the_games_speed(tmp_path):
     torch.manual_seed(0)
     model = ActorCritic(1, 6)
     path = tmp_path / "videos" / "game.mp4"
-    _, length = evaluator.play_episode(env, model, max_length=70, seed=0, video=path)
+    _, length = evaluator.play_episode(env, model, random.Random(0), max_length=70, video=path)
     assert length == 70
     frames, seconds = count_frames_and_secs(path)
     assert frames == 71
@@ -166,7 +167,7 @@ def test_a_video_has_a_picture_for_every_step_and_the_games_speed(tmp_path):
 def test_an_episode_is_scored_with_rewards_unclipped():
     env = create_atari_env("ALE/BeamRider-v5")
     torch.manual_seed(0)
-    reward, length = evaluator.play_episode(env, ActorCritic(1, 9), max_length=400, seed=0)
+    reward, length = evaluator.play_episode(env, ActorCritic(1, 9), random.Random(0), max_length=400)
     assert reward >= 44  # a beam rider's sector pays 44 points an enemy
     assert reward % 44 == 0
     assert length == 400

@@ -98,7 +98,15 @@ class ShortGame(gym.Env):
         return np.random.default_rng(self.num_steps).standard_normal((1, 42, 42), dtype=np.float32)
 
 
-def losses_of(monkeypatch, args):
+def train_here(args, shared_model, optimizer, run_folder):
+    """Train in this process, as worker 0 of one; return the number of steps."""
+    steps, ready = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
+    train.train(0, args, shared_model, optimizer, steps, ready, run_folder)
+    assert ready[0]
+    return steps.item()
+
+
+def losses_of(monkeypatch, args, run_folder):
     """Train in this process and return what each rollout's loss was computed from."""
     calls = []
 
@@ -109,9 +117,8 @@ def losses_of(monkeypatch, args):
     monkeypatch.setattr(train, "a3c_loss", recorded)
     torch.manual_seed(0)
     shared_model = ActorCritic(1, 6).share_memory()
-    steps = torch.zeros(1, dtype=torch.int64)
-    train.train(0, args, shared_model, SharedAdam(shared_model.parameters()), steps)
-    assert steps.item() == sum(len(call.rewards) for call in calls)
+    num_steps = train_here(args, shared_model, SharedAdam(shared_model.parameters()), run_folder)
+    assert num_steps == sum(len(call.rewards) for call in calls)
     return calls
 
 
@@ -126,11 +133,11 @@ def losses_of(monkeypatch, args):
     ],
 )
 def test_the_bootstrap_is_zero_after_an_end_and_the_critics_value_after_a_cut(
-    monkeypatch, terminates, truncates, max_episode_length, num_steps, length, cut
+    monkeypatch, tmp_path, terminates, truncates, max_episode_length, num_steps, length, cut
 ):
     monkeypatch.setattr(train, "create_atari_env", lambda env_name: ShortGame(terminates, truncates))
     args = options(max_episode_length=max_episode_length, num_steps=num_steps, max_steps=1)
-    (rollout,) = losses_of(monkeypatch, args)
+    (rollout,) = losses_of(monkeypatch, args, tmp_path)
     assert rollout.rewards == [1.0] * length  # clipped
     assert rollout.values.shape == (length + 1,)
     torch.manual_seed(0)
@@ -142,7 +149,7 @@ def test_the_bootstrap_is_zero_after_an_end_and_the_critics_value_after_a_cut(
     assert value.abs() > 1e-3
 
 
-def test_three_updates_hand_over_three_gradients_of_their_own(monkeypatch):
+def test_three_updates_hand_over_three_gradients_of_their_own(monkeypatch, tmp_path):
     models, expected, received = [], [], []
 
     def recorded_model(*sizes):
@@ -164,7 +171,7 @@ def test_three_updates_hand_over_three_gradients_of_their_own(monkeypatch):
     shared_model = ActorCritic(1, 6).share_memory()
     before = [p.clone() for p in shared_model.parameters()]
     optimizer = RecordedAdam(shared_model.parameters())
-    train.train(0, options(), shared_model, optimizer, torch.zeros(1, dtype=torch.int64))
+    train_here(options(), shared_model, optimizer, tmp_path)
     assert len(received) == len(expected) == 3
     for gradients, expected_gradients in zip(received, expected, strict=True):
         torch.testing.assert_close(gradients, list(expected_gradients))
@@ -172,7 +179,7 @@ def test_three_updates_hand_over_three_gradients_of_their_own(monkeypatch):
     assert all((p != q).any() for p, q in zip(shared_model.parameters(), before, strict=True))
 
 
-def test_gradients_are_clipped_to_the_norm(monkeypatch):
+def test_gradients_are_clipped_to_the_norm(tmp_path):
     norms = []
 
     class RecordedAdam(SharedAdam):
@@ -181,7 +188,7 @@ def test_gradients_are_clipped_to_the_norm(monkeypatch):
 
     shared_model = ActorCritic(1, 6).share_memory()
     args = options(max_grad_norm=1e-4)
-    train.train(0, args, shared_model, RecordedAdam(shared_model.parameters()), torch.zeros(1, dtype=torch.int64))
+    train_here(args, shared_model, RecordedAdam(shared_model.parameters()), tmp_path)
     assert norms == pytest.approx([1e-4] * 3, rel=0.02)
 
 

@@ -38,8 +38,8 @@ def create_model(num_inputs, num_actions):
     return ActorCritic(num_inputs, num_actions).to(memory_format=torch.contiguous_format)
 
 
-def create_optimizer(model, lr):
-    optimizer = SharedAdam(model.parameters(), lr=lr)
+def create_optimizer(params, lr):
+    optimizer = SharedAdam(params, lr=lr)
     optimizer.param_groups[0].update(fused=False, foreach=False)
     return optimizer
 

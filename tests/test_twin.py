@@ -1,0 +1,72 @@
+"""The fast worker against the textbook one (textbook.py)."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import textbook
+import torch
+from test_train import options
+
+from envs import create_atari_env
+from model import ActorCritic
+from my_optim import SharedAdam
+from train import copy_weights, rollout_loss
+
+
+def stored_rollout(length, terminated, seed=0):
+    """A rollout of the real game, random actions, with a recurrent state in mid-episode."""
+    env = create_atari_env("Pong-v0")
+    rng = np.random.default_rng(seed)
+    observations = [env.reset(seed=seed)[0]]
+    actions = rng.integers(6, size=length).tolist()
+    observations += [env.step(action)[0] for action in actions]
+    torch.manual_seed(seed)
+    state = torch.randn(1, 256).tanh(), torch.randn(1, 256)
+    rewards = rng.choice([-1.0, 0.0, 1.0], size=length).tolist()
+    observations = torch.from_numpy(np.stack(observations))
+    return SimpleNamespace(
+        observations=observations, state=state, actions=actions, rewards=rewards, terminated=terminated
+    )
+
+
+@pytest.mark.parametrize(("length", "terminated"), [(20, False), (20, True), (7, True), (1, False)])
+def test_one_batch_gives_the_gradient_of_the_graph_that_grew_step_by_step(length, terminated):
+    rollout, args = stored_rollout(length, terminated), options(gae_lambda=0.9)
+    torch.manual_seed(1)
+    model = ActorCritic(1, 6)
+    loss = rollout_loss(model, **vars(rollout), args=args)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    twin = textbook.create_model(1, 6)
+    copy_weights(model, twin)
+    expected = textbook.rollout_gradient(twin, **vars(rollout), args=args)
+    for (name, _), gradient, its_twin in zip(model.named_parameters(), gradients, expected, strict=True):
+        assert its_twin.norm() > 0, name
+        assert (gradient - its_twin).norm() <= 1e-4 * its_twin.norm(), name
+
+
+def test_acting_and_learning_see_the_same_policy():
+    rollout = stored_rollout(20, False)
+    torch.manual_seed(1)
+    model = ActorCritic(1, 6)
+    values, logits = model.unroll(rollout.observations, rollout.state)
+    state = rollout.state
+    for t, observation in enumerate(rollout.observations):
+        value, step_logits, state = model(observation.unsqueeze(0), state)
+        torch.testing.assert_close(values[t], value[0, 0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits[t], step_logits[0], atol=1e-6, rtol=1e-4)
+
+
+def test_one_gradient_moves_the_weights_to_the_same_bits():
+    torch.manual_seed(1)
+    model, twin = ActorCritic(1, 6), textbook.create_model(1, 6)
+    copy_weights(model, twin)
+    optimizer, twin_optimizer = SharedAdam(model.parameters()), torch.optim.Adam(twin.parameters(), lr=1e-4, fused=True)
+    for _ in range(3):
+        for parameter, its_twin in zip(model.parameters(), twin.parameters(), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            its_twin.grad = torch.empty_like(its_twin).copy_(parameter.grad)
+        optimizer.step()
+        twin_optimizer.step()
+    for parameter, its_twin in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter, its_twin)
