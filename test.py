@@ -22,7 +22,7 @@ from model import ActorCritic
 from train import worker_seed
 from workers import CoreTurn
 
-STEPS_A_TURN = 40  # about as long as a worker's turn, a rollout and its update, takes
+STEPS_A_TURN = 20  # as many as a training worker's turn has by default
 
 
 def open_video(path: Path, env: gym.Env) -> Generator[None, np.ndarray, None]:

@@ -85,22 +85,15 @@ def rollout_loss(
     return a3c_loss(logits[:-1], values, torch.tensor(actions), rewards, args)
 
 
-def hand_over_gradients(model: ActorCritic, shared_model: ActorCritic) -> None:
+def hand_over_gradients(parameters: list[Tensor], shared_parameters: list[Tensor]) -> None:
     """Make the local gradients this process's gradients of the shared parameters.
 
     The shared *parameters* live in shared memory; their `grad` does not, it is an attribute that each process has for
     itself. It must be set at every update: since PyTorch 2.0 `zero_grad` sets gradients to None, so a reference kept
     from the first update would go on pointing at that update's gradient.
     """
-    for parameter, shared_parameter in zip(model.parameters(), shared_model.parameters(), strict=True):
+    for parameter, shared_parameter in zip(parameters, shared_parameters, strict=True):
         shared_parameter.grad = parameter.grad
-
-
-@torch.no_grad()
-def copy_weights(source: ActorCritic, target: ActorCritic) -> None:
-    """Copy the parameters of `source` into those of `target`."""
-    for source_parameter, parameter in zip(source.parameters(), target.parameters(), strict=True):
-        parameter.copy_(source_parameter)
 
 
 def train(
@@ -119,6 +112,7 @@ def train(
     rng = random.Random(seed)
     env = create_atari_env(args.env_name)
     model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
+    parameters, shared_parameters = list(model.parameters()), list(shared_model.parameters())
     observations = torch.empty(args.num_steps + 1, *env.observation_space.shape)
     observation, _ = env.reset(seed=seed)
     state, episode_length = model.initial_state(), 0
@@ -128,7 +122,8 @@ def train(
     while args.max_steps is None or steps.sum() < args.max_steps:
         with turn:
             # Copy the shared weights.
-            copy_weights(shared_model, model)
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, shared_parameters)
 
             # Act for one rollout, at most to the episode's end.
             first_state, actions, rewards = state, [], []
@@ -148,8 +143,8 @@ def train(
             model.zero_grad()
             T = len(rewards)
             rollout_loss(model, observations[: T + 1], first_state, actions, rewards, terminated, args).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            hand_over_gradients(model, shared_model)
+            torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            hand_over_gradients(parameters, shared_parameters)
             optimizer.step()
             steps[rank] += T
 

@@ -11,7 +11,7 @@ from test_train import options
 from envs import create_atari_env
 from model import ActorCritic
 from my_optim import SharedAdam
-from train import copy_weights, rollout_loss
+from train import rollout_loss
 
 
 def stored_rollout(length, terminated, seed=0):
@@ -38,7 +38,7 @@ def test_one_batch_gives_the_gradient_of_the_graph_that_grew_step_by_step(length
     loss = rollout_loss(model, **vars(rollout), args=args)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     twin = textbook.create_model(1, 6)
-    copy_weights(model, twin)
+    twin.load_state_dict(model.state_dict())
     expected = textbook.rollout_gradient(twin, **vars(rollout), args=args)
     for (name, _), gradient, its_twin in zip(model.named_parameters(), gradients, expected, strict=True):
         assert its_twin.norm() > 0, name
@@ -60,7 +60,7 @@ def test_acting_and_learning_see_the_same_policy():
 def test_one_gradient_moves_the_weights_to_the_same_bits():
     torch.manual_seed(1)
     model, twin = ActorCritic(1, 6), textbook.create_model(1, 6)
-    copy_weights(model, twin)
+    twin.load_state_dict(model.state_dict())
     optimizer, twin_optimizer = SharedAdam(model.parameters()), torch.optim.Adam(twin.parameters(), lr=1e-4, fused=True)
     for _ in range(3):
         for parameter, its_twin in zip(model.parameters(), twin.parameters(), strict=True):
