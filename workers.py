@@ -6,7 +6,6 @@ import sys
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from torch import Tensor
@@ -54,7 +53,7 @@ class CoreTurn:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._next_in_line)
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if fcntl:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._running)
 
@@ -72,9 +71,10 @@ def run_processes(processes: list[Process], ready: Tensor) -> int:
             starting_up = len(processes) - len(to_start) - int(ready.sum())
             if to_start and starting_up < num_cores():
                 process = to_start.pop(0)
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the main process's business alone
+                # Children inherit the mask: Ctrl-C is the main process's business alone, and here it waits, unlost.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 process.start()
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 running[process.sentinel] = process
                 continue
             for sentinel in wait(list(running), timeout=0.05 if to_start else None):
@@ -87,5 +87,6 @@ def run_processes(processes: list[Process], ready: Tensor) -> int:
         status = 130
     for process in running.values():
         process.terminate()
+    for process in running.values():
         process.join()
     return status

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -130,15 +129,18 @@ def test_a_run_trains_and_ends_cleanly(extra, tmp_path):
     assert json.loads((folder / "options.json").read_text())["num_processes"] == 2
 
 
-def test_a_worker_that_dies_ends_the_run(tmp_path):
+def test_a_worker_has_one_thread_and_if_it_dies_the_run_ends(tmp_path):
     command = [sys.executable, ROOT / "main.py", "--num-processes", "2", "--record-every", "0"]
     run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    workers = []
-    while len(workers) < 3:  # they start one after another
-        time.sleep(0.1)
-        table = subprocess.run(["ps", "-Aww", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
-        rows = [row.split(maxsplit=2) for row in table.splitlines()]
-        workers = [int(pid) for pid, parent, command in rows if int(parent) == run.pid and "spawn_main" in command]
+    while not LINE.match(run.stdout.readline()):  # then all have started
+        assert run.poll() is None
+    table = subprocess.run(["ps", "-Aww", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+    rows = [row.split(maxsplit=2) for row in table.splitlines()]
+    workers = [int(pid) for pid, parent, command in rows if int(parent) == run.pid and "spawn_main" in command]
+    assert len(workers) == 3
+    for worker in workers:
+        if sys.platform == "linux":
+            assert len(os.listdir(f"/proc/{worker}/task")) == 1
     os.kill(workers[-1], signal.SIGKILL)
     _, err = run.communicate(timeout=10)
     assert run.returncode == 1
