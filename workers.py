@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
@@ -65,6 +66,7 @@ def run_processes(processes: list[Process], ready: Tensor) -> int:
     the first would have to wait until the last has imported its libraries. If one fails, or at Ctrl-C, the others are
     stopped.
     """
+    resource_tracker.ensure_running()  # here, as its start unblocks SIGINT
     to_start, running, status = list(processes), {}, 0
     try:
         while (to_start or running) and status == 0:
