@@ -24,7 +24,7 @@ class ActorCritic(nn.Module):
         self.critic_linear = nn.Linear(HIDDEN_SIZE, 1)
         self.actor_linear = nn.Linear(HIDDEN_SIZE, num_actions)
         self._initialize()
-        self.to(memory_format=torch.channels_last)  # at batch 1 the convolutions take two thirds of the time
+        self.to(memory_format=torch.channels_last)  # acting's convolutions: 83 instead of 141 us
         # Acting makes ten tiny calls a step: calling a layer as a module would add 15 % to the kernels' time.
         self._convs = [(conv.weight, conv.bias) for conv in (self.conv1, self.conv2, self.conv3, self.conv4)]
         self._lstm = list(self.lstm.parameters())
@@ -72,8 +72,8 @@ class ActorCritic(nn.Module):
     def unroll(self, observations: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Look at T consecutive observations of one episode, (T, num_inputs, 42, 42), starting from `state`.
 
-        Returns the values (T,) and the logits (T, num_actions): what T calls of `forward` give, at a third of their
-        cost, as the convolutions see a batch and the LSTM one sequence.
+        Returns the values (T,) and the logits (T, num_actions): what T calls of `forward` give, but faster: the
+        convolutions see a batch and the LSTM one sequence.
         """
         hx, cx = (s.unsqueeze(0) for s in state)
         sequence = self.features(observations).unsqueeze(1)  # (T, batch of 1, 288)

@@ -33,6 +33,6 @@ class SharedAdam(torch.optim.Adam):
     def step(self) -> None:
         """Update the parameters from their gradients: Adam's own step.
 
-        Unwrapped, as the wrapper imports PyTorch's compiler only to tell it something: 1.1 s and 60 MB a process.
+        Unwrapped, as the wrapper imports PyTorch's compiler only to tell it something: 800 modules, 1.1 s a process.
         """
         inspect.unwrap(torch.optim.Adam.step)(self)

@@ -74,8 +74,8 @@ def rollout_loss(
 ) -> Tensor:
     """Loss of a rollout that was acted from `state` without a graph: the graph is made here, in one batch.
 
-    The weights do not change inside a rollout, so this is what a graph that grew while acting would give, in a third
-    of the time. `observations` is (T + 1, num_inputs, 42, 42), the last one what the last action led to: its value is
+    The weights do not change inside a rollout, so this is what a graph that grew while acting would give, sooner.
+    `observations` is (T + 1, num_inputs, 42, 42), the last one what the last action led to: its value is
     the bootstrap, but zero where the episode ended, as nothing comes after it. An episode that was merely cut, by the
     rollout's length or a time limit, would have gone on.
     """
