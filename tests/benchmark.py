@@ -3,7 +3,7 @@
 python tests/benchmark.py --seconds 20 --rounds 5
 
 All workers of all cells are started once and stopped by signal; then every round lets each cell run in turn, so that
-the machine's moods fall on all of them alike. With `--profile`: where a step's time goes in our worker.
+the machine's moods fall on all of them alike.
 """
 
 import argparse
