@@ -24,7 +24,7 @@ class ActorCritic(nn.Module):
         self.critic_linear = nn.Linear(HIDDEN_SIZE, 1)
         self.actor_linear = nn.Linear(HIDDEN_SIZE, num_actions)
         self._initialize()
-        self.to(memory_format=torch.channels_last)  # acting's convolutions: 83 instead of 141 us
+        self.to(memory_format=torch.channels_last)  # features of one observation: 98 instead of 155 us
         # Acting makes ten tiny calls a step: calling a layer as a module would add 15 % to the kernels' time.
         self._convs = [(conv.weight, conv.bias) for conv in (self.conv1, self.conv2, self.conv3, self.conv4)]
         self._lstm = list(self.lstm.parameters())

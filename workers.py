@@ -36,8 +36,8 @@ def num_cores() -> int:
 class CoreTurn:
     """A context manager that lets one rollout per core run at a time; worker `rank` belongs to core `rank % cores`.
 
-    Between rollouts a worker's weights and gradients need not stay in the cache, within one they do; and the fewer
-    rollouts are under way, the fresher the weights that each was acted with. The two locks of a core are bytes of a
+    The fewer rollouts are under way, the fresher the weights that each was acted with, and the fewer weights and
+    gradients compete for the caches. The two locks of a core are bytes of a
     file, which the kernel frees when their holder dies, however it dies. Whoever is next in line holds the first lock
     while it waits for the second, so that a worker that comes straight back cannot overtake it.
     """

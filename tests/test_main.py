@@ -103,16 +103,7 @@ def run_main(*argv, cwd):
 
 @pytest.mark.parametrize("extra", [[], ["--no-shared"]])
 def test_a_run_trains_and_ends_cleanly(extra, tmp_path):
-    argv = [
-        "--env-name",
-        "PongDeterministic-v4",
-        "--num-processes",
-        "2",
-        "--max-steps",
-        "200",
-        "--max-episode-length",
-        "60",
-    ]
+    argv = ["--env-name", "PongDeterministic-v4", "--num-processes", "2", "--max-steps", "200"]
     result = run_main(*argv, "--max-episode-length", "60", "--record-every", "2", *extra, cwd=tmp_path)
     assert result.stderr == ""
     assert result.returncode == 0

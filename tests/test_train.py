@@ -6,6 +6,7 @@ import pytest
 import torch
 from gym import spaces
 
+import main
 import train
 from model import ActorCritic
 from my_optim import SharedAdam
@@ -13,19 +14,8 @@ from train import a3c_loss, discounted_returns, generalized_advantages
 
 
 def options(**changes):
-    defaults = {
-        "env_name": "PongDeterministic-v4",
-        "seed": 1,
-        "gamma": 0.99,
-        "gae_lambda": 1.0,
-        "entropy_coef": 0.01,
-        "value_loss_coef": 0.5,
-        "max_grad_norm": 50.0,
-        "num_steps": 20,
-        "max_episode_length": 1_000_000,
-        "max_steps": 60,
-    }
-    return SimpleNamespace(**defaults | changes)
+    args = main.parse_args(["--env-name", "PongDeterministic-v4", "--max-steps", "60"])
+    return SimpleNamespace(**vars(args) | changes)
 
 
 def test_returns_are_discounted_and_end_in_the_bootstrap():
@@ -52,7 +42,7 @@ def test_loss_of_a_rollout_worked_by_hand():
     # Two steps, two actions; the policy is uniform, then 3:1. gamma 0.5, lambda 1, bootstrap 2.
     logits = torch.tensor([[0.0, 0.0], [np.log(3.0), 0.0]])
     values, actions = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1, 0])
-    # Returns: 0 + 1 = 1 after 1 + 0.5 x 1 = 1.5; advantages 1.5 - 0.5 = 1 and 1 - 1 = 0... rewards 1 and 0.
+    # Rewards 1 and 0: returns 1 + 0.5 x 1 = 1.5 and 0 + 0.5 x 2 = 1, advantages 1.5 - 0.5 = 1 and 1 - 1 = 0.
     log_half, log_three_quarters = np.log(0.5), np.log(0.75)
     entropy = [-log_half, -(0.75 * log_three_quarters + 0.25 * np.log(0.25))]
     policy_loss = -(log_half * 1.0 + log_three_quarters * 0.0) - 0.1 * sum(entropy)
