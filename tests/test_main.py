@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import json
 import os
@@ -121,9 +122,25 @@ def test_a_run_trains_and_ends_cleanly(extra, tmp_path):
     assert json.loads((folder / "options.json").read_text())["num_processes"] == 2
 
 
-def test_a_worker_has_one_thread_and_if_it_dies_the_run_ends(tmp_path):
-    command = [sys.executable, ROOT / "main.py", "--num-processes", "2", "--record-every", "0"]
-    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start_main():
+    """Start main.py in a process group of its own; nothing of it outlives the test, also where that fails."""
+    runs = []
+
+    def start(*argv):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        runs.append(subprocess.Popen([sys.executable, ROOT / "main.py", *argv], start_new_session=True, **pipes))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+
+
+def test_a_worker_has_one_thread_and_if_it_dies_the_run_ends(start_main, tmp_path):
+    run = start_main("--num-processes", "2", "--record-every", "0", "--save-dir", tmp_path / "run")
     while not LINE.match(run.stdout.readline()):  # then all have started
         assert run.poll() is None
     table = subprocess.run(["ps", "-Aww", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
@@ -139,9 +156,8 @@ def test_a_worker_has_one_thread_and_if_it_dies_the_run_ends(tmp_path):
     assert "died (exit code -9)" in err
 
 
-def test_ctrl_c_ends_the_run_and_the_video_being_recorded_still_plays(tmp_path):
-    command = [sys.executable, ROOT / "main.py", "--num-processes", "1", "--save-dir", tmp_path / "run"]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def test_ctrl_c_ends_the_run_and_the_video_being_recorded_still_plays(start_main, tmp_path):
+    run = start_main("--num-processes", "1", "--save-dir", tmp_path / "run")
     video = tmp_path / "run" / "videos" / "rl-video-episode-0.mp4"
     while not video.exists() or video.stat().st_size < 2000:
         assert run.poll() is None
