@@ -56,7 +56,7 @@ def find_game(env_id: str) -> AtariGame:
 
 
 class AtariEnv(gym.Env):
-    """One Atari game; an observation is the screen's channel mean, (height, width) float32 in [0, 255].
+    """One Atari game; an observation is the screen as indices into the game's palette, (height, width) uint8.
 
     Raises `ValueError` for an unknown id or render mode.
     """
@@ -78,9 +78,8 @@ class AtariEnv(gym.Env):
             self.ale.setBool("sound", True)
         self._load_seeded_rom()
         self._actions = self.ale.getMinimalActionSet()
-        self._grey = np.full(256, np.nan, dtype=np.float32)  # channel mean of each palette index; NaN: not seen yet
         self.action_space = spaces.Discrete(len(self._actions))
-        self.observation_space = spaces.Box(0.0, 255.0, self.ale.getScreenDims(), np.float32)
+        self.observation_space = spaces.Box(0, 255, self.ale.getScreenDims(), np.uint8)
 
     def _load_seeded_rom(self) -> None:
         # The emulator reads its settings, the seed among them, only while it loads a ROM.
@@ -93,7 +92,7 @@ class AtariEnv(gym.Env):
         if seed is not None:
             self._load_seeded_rom()
         self.ale.reset_game()
-        return self._observation(), self._info()
+        return self.ale.getScreen(), self._info()
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Hold `action` for the game's frame skip; return the last frame and the summed reward."""
@@ -101,46 +100,48 @@ class AtariEnv(gym.Env):
         frames = self.np_random.integers(*self.game.frame_skip)
         reward = sum(self.ale.act(ale_action) for _ in range(frames))
         terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
-        return self._observation(), float(reward), terminated, truncated, self._info()
+        return self.ale.getScreen(), float(reward), terminated, truncated, self._info()
 
     def render(self) -> np.ndarray | None:
         """Return the screen, (height, width, 3) uint8; None with "human", where the emulator draws by itself."""
         return self.ale.getScreenRGB() if self.render_mode == "rgb_array" else None
 
-    def _observation(self) -> np.ndarray:
-        # Looking the palette's indices up is a quarter of the cost of reading three channels and averaging them.
-        # The emulator does not tell its palettes (there are several), so a colour is learnt when it first appears.
-        screen = self.ale.getScreen()
-        grey = cv2.LUT(screen, self._grey)
-        if np.isnan(grey.max()):
-            self._grey[screen] = self.ale.getScreenRGB().mean(axis=2, dtype=np.float32)
-            grey = cv2.LUT(screen, self._grey)
-        return grey
-
     def _info(self) -> dict[str, Any]:
         return {"lives": self.ale.lives(), "episode_frame_number": self.ale.getEpisodeFrameNumber()}
 
 
-def process_screen(screen: np.ndarray) -> np.ndarray:
-    """Turn a grey screen, (height, width) float32 in [0, 255], into the (1, 42, 42) float32 picture in [0, 1].
+def process_screen(screen: np.ndarray, greys: np.ndarray) -> np.ndarray:
+    """Turn a screen, (height, width) uint8, into the (1, 42, 42) float32 picture of `greys`, (256,) float32, of it.
 
     Rows 34 to 193 hold the playing field. Going by way of 80x80 keeps every pixel of it in the picture: bilinear
     interpolation reads four neighbours only, and from 160 straight to 42 it would step over a ball of 2x4 pixels.
     """
-    field = cv2.resize(screen[34:194, :160], (80, 80))
-    return cv2.resize(field, (42, 42))[np.newaxis] / np.float32(255)
+    field = cv2.LUT(screen[34:194], greys)
+    field = cv2.resize(
+        field, (80, 80), interpolation=cv2.INTER_AREA
+    )  # for one half, bilinear's numbers, in half the time
+    return cv2.resize(field, (42, 42))[np.newaxis]
 
 
 class ProcessedScreen(gym.ObservationWrapper):
-    """The picture of `process_screen` as the observation."""
+    """The picture of `process_screen` as the observation, grey being the mean of the three channels, in [0, 1].
+
+    Looking the palette's indices up is a quarter of the cost of reading three channels and averaging them. The emulator
+    does not tell its palettes (there are several), so a colour is learnt when it first appears.
+    """
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
         self.observation_space = spaces.Box(0.0, 1.0, (1, 42, 42), np.float32)
+        self.greys = np.full(256, np.nan, dtype=np.float32)  # NaN: not seen yet
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
         """Process one screen."""
-        return process_screen(observation)
+        picture = process_screen(observation, self.greys)
+        if np.isnan(picture.max()):
+            self.greys[observation] = self.unwrapped.ale.getScreenRGB().mean(axis=2, dtype=np.float32) / 255
+            picture = process_screen(observation, self.greys)
+        return picture
 
 
 class NormalizedObservation(gym.ObservationWrapper):

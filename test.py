@@ -61,7 +61,7 @@ def play_episode(
 ) -> tuple[float, int]:
     """Play one episode, sampling from the policy; return the reward, unclipped, and the length in steps."""
     observation, _ = env.reset()
-    state = model.initial_state()
+    state, pictures = model.initial_state(), model.new_pictures(1)
     total_reward, length, done = 0.0, 0, False
     writer = open_video(video, env) if video else None
     while not done:
@@ -69,7 +69,8 @@ def play_episode(
             for _ in range(STEPS_A_TURN):
                 if writer:
                     writer.send(enlarged_screen(env))
-                action, state = model.act(torch.from_numpy(observation), state, rng)
+                pictures[0][0] = torch.from_numpy(observation)
+                action, state = model.act(pictures, state, rng)
                 observation, reward, terminated, truncated, _ = env.step(action)
                 total_reward += reward
                 length += 1

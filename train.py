@@ -65,7 +65,7 @@ def a3c_loss(logits: Tensor, values: Tensor, actions: Tensor, rewards: list[floa
 
 def rollout_loss(
     model: ActorCritic,
-    observations: Tensor,
+    pictures: list[Tensor],
     state: State,
     actions: list[int],
     rewards: list[float],
@@ -75,11 +75,12 @@ def rollout_loss(
     """Loss of a rollout that was acted from `state` without a graph: the graph is made here, in one batch.
 
     The weights do not change inside a rollout, so this is what a graph that grew while acting would give, sooner.
-    `observations` is (T + 1, num_inputs, 42, 42), the last one what the last action led to: its value is
-    the bootstrap, but zero where the episode ended, as nothing comes after it. An episode that was merely cut, by the
+    `pictures` holds T + 1 steps, the last one what the last action led to (its observation only): its value is the
+    bootstrap, but zero where the episode ended, as nothing comes after it. An episode that was merely cut, by the
     rollout's length or a time limit, would have gone on.
     """
-    values, logits = model.unroll(observations, state)
+    model.convolve([x[-1:] for x in pictures])
+    values, logits = model.unroll(pictures, state)
     if terminated:
         values = torch.cat([values[:-1], torch.zeros(1)])
     return a3c_loss(logits[:-1], values, torch.tensor(actions), rewards, args)
@@ -113,7 +114,9 @@ def train(
     env = create_atari_env(args.env_name)
     model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
     parameters, shared_parameters = list(model.parameters()), list(shared_model.parameters())
-    observations = torch.empty(args.num_steps + 1, *env.observation_space.shape)
+    pictures = model.new_pictures(args.num_steps + 1)
+    pictures_of_step = [[x[t : t + 1] for x in pictures] for t in range(args.num_steps)]
+    observations = pictures[0].numpy()  # the same memory
     observation, _ = env.reset(seed=seed)
     state, episode_length = model.initial_state(), 0
     turn = CoreTurn(run_folder, rank)
@@ -127,11 +130,11 @@ def train(
 
             # Act for one rollout, at most to the episode's end.
             first_state, actions, rewards = state, [], []
-            observations[0] = torch.from_numpy(observation)
+            observations[0] = observation
             for t in range(args.num_steps):
-                action, state = model.act(observations[t], state, rng)
+                action, state = model.act(pictures_of_step[t], state, rng)
                 observation, reward, terminated, truncated, _ = env.step(action)
-                observations[t + 1] = torch.from_numpy(observation)
+                observations[t + 1] = observation
                 actions.append(action)
                 rewards.append(max(min(reward, 1.0), -1.0))
                 episode_length += 1
@@ -142,8 +145,11 @@ def train(
             # Update the shared weights, without a lock.
             model.zero_grad()
             T = len(rewards)
-            rollout_loss(model, observations[: T + 1], first_state, actions, rewards, terminated, args).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            pictures_of_rollout = [x[: T + 1] for x in pictures]
+            rollout_loss(model, pictures_of_rollout, first_state, actions, rewards, terminated, args).backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            if norm > args.max_grad_norm:
+                torch.nn.utils.clip_grads_with_norm_(parameters, args.max_grad_norm, norm)
             hand_over_gradients(parameters, shared_parameters)
             optimizer.step()
             steps[rank] += T

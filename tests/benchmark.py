@@ -3,7 +3,7 @@
 python tests/benchmark.py --seconds 20 --rounds 5
 
 All workers of all cells are started once and stopped by signal; then every round lets each cell run in turn, so that
-the machine's moods fall on all of them alike.
+the machine's moods fall on all of them alike. At the end our worker runs once more, its parts timed.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import textbook
 import torch
 import torch.multiprocessing as mp
 
+import envs
 import main
 import test
 import train
@@ -48,6 +49,46 @@ def play_game(rank, args, shared_model, optimizer, steps, ready, run_folder):
         steps[rank] += 20
 
 
+PHASES = ("emulator", "preprocessing", "acting", "learning", "update", "waiting")
+
+
+def train_timed(rank, args, shared_model, optimizer, steps, ready, run_folder, times):
+    """Our worker, its parts timed: adds up the seconds of each of PHASES in `times`, (num_processes, len(PHASES))."""
+    seconds = times[rank].numpy()
+
+    def time_calls(owner, name, phase, part_of=None):
+        function = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            elapsed = time.perf_counter() - start
+            seconds[PHASES.index(phase)] += elapsed
+            if part_of:
+                seconds[PHASES.index(part_of)] -= elapsed
+            return result
+
+        setattr(owner, name, timed)
+
+    class Emulator(envs.ale_py.ALEInterface):  # only a class of Python's can be patched
+        def act(self, action):
+            return super().act(action)
+
+    envs.ale_py.ALEInterface = Emulator
+    time_calls(Emulator, "act", "emulator", part_of="preprocessing")
+    time_calls(envs.NormalizedObservation, "step", "preprocessing")
+    time_calls(envs.NormalizedObservation, "reset", "preprocessing")
+    time_calls(ActorCritic, "act", "acting")
+    time_calls(train, "rollout_loss", "learning")
+    time_calls(torch.Tensor, "backward", "learning")
+    time_calls(torch.nn.utils, "get_total_norm", "learning")
+    time_calls(SharedAdam, "step", "update")
+    time_calls(torch, "_foreach_copy_", "update")
+    time_calls(train.CoreTurn, "__enter__", "waiting")
+    time_calls(train.CoreTurn, "__exit__", "waiting")
+    train.train(rank, args, shared_model, optimizer, steps, ready, run_folder)
+
+
 class Cell:
     """One program at one number of processes; running or stopped."""
 
@@ -57,16 +98,17 @@ class Cell:
         args = main.parse_args(["--env-name", env_name, "--num-processes", str(num_processes), "--record-every", "0"])
         create_model, create_optimizer = ActorCritic, SharedAdam
         if program == "textbook":
-            create_model, create_optimizer = textbook.create_model, textbook.create_optimizer
+            create_model, create_optimizer = textbook.create_model, textbook.PlainAdam
         shared_model = create_model(1, create_atari_env(env_name).action_space.n).share_memory()
         optimizer = create_optimizer(shared_model.parameters(), args.lr)
         self.steps = torch.zeros(num_processes, dtype=torch.int64).share_memory_()
         self.ready = torch.zeros(num_processes + 1, dtype=torch.bool).share_memory_()
-        worker = {"game": play_game, "textbook": textbook.train, "ours": train.train}[program]
-        self.processes = [
-            mp.Process(target=worker, args=(rank, args, shared_model, optimizer, self.steps, self.ready, self.folder))
-            for rank in range(num_processes)
-        ]
+        self.times = torch.zeros(num_processes, len(PHASES), dtype=torch.float64).share_memory_()
+        worker = {"game": play_game, "textbook": textbook.train, "ours": train.train, "timed": train_timed}[program]
+        worker_args = [args, shared_model, optimizer, self.steps, self.ready, self.folder]
+        if program == "timed":
+            worker_args.append(self.times)
+        self.processes = [mp.Process(target=worker, args=(rank, *worker_args)) for rank in range(num_processes)]
         if program == "game":
             self.ready[-1] = True
         else:
@@ -90,9 +132,13 @@ class Cell:
     def measure(self, seconds: float) -> None:
         self.signal(signal.SIGCONT)
         time.sleep(min(2.0, seconds / 5))  # caches, first rollouts
-        before, start = self.steps.sum().item(), time.perf_counter()
+        before, times_before, start = self.steps.sum().item(), self.times.sum(dim=0), time.perf_counter()
         time.sleep(seconds)
-        self.rates.append((self.steps.sum().item() - before) / (time.perf_counter() - start))
+        steps, elapsed = self.steps.sum().item() - before, time.perf_counter() - start
+        self.rates.append(steps / elapsed)
+        times = (self.times.sum(dim=0) - times_before).tolist()
+        rest = self.num_processes * elapsed - sum(times)
+        self.microseconds = [1e6 * t / steps for t in (*times, rest)]
         self.signal(signal.SIGSTOP)
 
     def stop(self) -> None:
@@ -129,6 +175,20 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def where_time_goes(args: argparse.Namespace) -> None:
+    print("\nour worker's time in microseconds a step of that worker (waiting: for its turn on a core)")
+    print("| processes |", " | ".join((*PHASES, "the rest")), "| steps/s |")
+    print("| --- " * (len(PHASES) + 3) + "|")
+    for n in args.processes:
+        cell = Cell("timed", n, args.env_name)
+        try:
+            cell.start()
+            cell.measure(args.seconds)
+        finally:
+            cell.stop()
+        print(f"| {n} |", " | ".join(f"{t:.0f}" for t in cell.microseconds), f"| {cell.rates[0]:.0f} |")
+
+
 def run(args: argparse.Namespace) -> None:
     mp.set_start_method("spawn")
     cells = {
@@ -160,4 +220,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(parse_args())
+    options = parse_args()
+    run(options)
+    where_time_goes(options)

@@ -1,11 +1,13 @@
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 import envs
 from envs import AtariEnv, NormalizedObservation, ProcessedScreen, create_atari_env, process_screen
 
+GREYS = np.arange(256, dtype=np.float32) / 255
 FRAME = Path(__file__).parent / "data" / "pong_frame.npy"
 
 
@@ -59,8 +61,8 @@ def test_every_game_plays_and_its_grey_is_the_channel_mean():
         env.reset()
         for step in range(6):
             observation, *_ = env.step(step % env.action_space.n)
-            grey = env.render().mean(axis=2, dtype=np.float32)
-            np.testing.assert_array_equal(env.unwrapped._observation(), grey)
+            field = env.render()[34:194].mean(axis=2, dtype=np.float32) / 255
+            np.testing.assert_array_equal(env.env.greys[env.unwrapped.ale.getScreen()[34:194]], field)
         assert observation.shape == (1, 42, 42)
         assert np.isfinite(observation).all()
 
@@ -100,19 +102,25 @@ def test_a_seed_changes_nothing_where_nothing_is_random():
 
 
 def test_a_ball_is_visible_wherever_it_is():
-    empty = process_screen(np.zeros((210, 160), np.float32))
+    empty = process_screen(np.zeros((210, 160), np.uint8), GREYS)
     for top in range(34, 34 + 160 - 4 + 1):
         for left in range(160 - 2 + 1):
-            screen = np.zeros((210, 160), np.float32)
-            screen[top : top + 4, left : left + 2] = 236.0
-            assert (process_screen(screen) - empty).max() > 0.02, f"a ball at row {top}, column {left} is lost"
+            screen = np.zeros((210, 160), np.uint8)
+            screen[top : top + 4, left : left + 2] = 236
+            assert (process_screen(screen, GREYS) - empty).max() > 0.02, f"a ball at row {top}, column {left} is lost"
 
 
 def test_only_the_playing_field_is_seen():
-    screen = np.zeros((210, 160), np.float32)
-    screen[:34] = screen[194:] = 255.0
-    assert not process_screen(screen).any()
-    np.testing.assert_allclose(process_screen(np.full((250, 160), 51.0, np.float32)), 0.2, rtol=1e-6)
+    screen = np.zeros((210, 160), np.uint8)
+    screen[:34] = screen[194:] = 255
+    assert not process_screen(screen, GREYS).any()
+    np.testing.assert_allclose(process_screen(np.full((250, 160), 51, np.uint8), GREYS), 0.2, rtol=1e-6)
+
+
+def test_halving_is_bilinear():
+    field = np.random.default_rng(0).random((160, 160), dtype=np.float32)
+    halved = cv2.resize(field, (80, 80), interpolation=cv2.INTER_AREA)
+    np.testing.assert_allclose(halved, cv2.resize(field, (80, 80), interpolation=cv2.INTER_LINEAR), atol=1e-6)
 
 
 def test_a_frame_of_pong_looks_as_it_did():

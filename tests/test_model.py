@@ -69,9 +69,10 @@ def test_acting_samples_from_the_policy_and_carries_the_state():
     model, rng = ActorCritic(1, 6), random.Random(0)
     with torch.no_grad():
         model.actor_linear.weight.mul_(1000)
-    observation, state = torch.randn(1, 42, 42), (torch.randn(1, 256).tanh(), torch.randn(1, 256))
-    _, logits, next_state = model(observation.unsqueeze(0), state)
-    samples = [model.act(observation, state, rng) for _ in range(2000)]
+    pictures, state = model.new_pictures(1), (torch.randn(1, 256).tanh(), torch.randn(1, 256))
+    pictures[0].normal_()
+    _, logits, next_state = model(pictures[0], state)
+    samples = [model.act(pictures, state, rng) for _ in range(2000)]
     frequencies = torch.bincount(torch.tensor([action for action, _ in samples]), minlength=6) / len(samples)
     probabilities = logits.softmax(dim=1)[0]
     assert probabilities.max() > 0.3

@@ -1,5 +1,6 @@
 """The fast worker against the textbook one (textbook.py)."""
 
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,12 +31,22 @@ def stored_rollout(length, terminated, seed=0):
     )
 
 
+def pictures_of(model, rollout):
+    """What acting leaves behind for the learning pass."""
+    pictures = model.new_pictures(len(rollout.observations))
+    pictures[0].copy_(rollout.observations)
+    for t in range(len(rollout.actions)):
+        model.act([x[t : t + 1] for x in pictures], rollout.state, random.Random(0))
+    return pictures
+
+
 @pytest.mark.parametrize(("length", "terminated"), [(20, False), (20, True), (7, True), (1, False)])
 def test_one_batch_gives_the_gradient_of_the_graph_that_grew_step_by_step(length, terminated):
     rollout, args = stored_rollout(length, terminated), options(gae_lambda=0.9)
     torch.manual_seed(1)
     model = ActorCritic(1, 6)
-    loss = rollout_loss(model, **vars(rollout), args=args)
+    pictures = pictures_of(model, rollout)
+    loss = rollout_loss(model, pictures, rollout.state, rollout.actions, rollout.rewards, terminated, args)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     twin = textbook.create_model(1, 6)
     twin.load_state_dict(model.state_dict())
@@ -49,8 +60,9 @@ def test_acting_and_learning_see_the_same_policy():
     rollout = stored_rollout(20, False)
     torch.manual_seed(1)
     model = ActorCritic(1, 6)
-    values, logits = model.unroll(rollout.observations, rollout.state)
-    state = rollout.state
+    pictures, state = pictures_of(model, rollout), rollout.state
+    model.convolve([x[-1:] for x in pictures])
+    values, logits = model.unroll(pictures, state)
     for t, observation in enumerate(rollout.observations):
         value, step_logits, state = model(observation.unsqueeze(0), state)
         torch.testing.assert_close(values[t], value[0, 0], atol=1e-5, rtol=1e-4)

@@ -18,30 +18,46 @@ from train import worker_seed
 
 
 class ColourScreen(gym.ObservationWrapper):
-    """42x42 grey from three colours, resized one by one (the emulator has no part in the difference)."""
+    """42x42 grey from three colours, resized one by one."""
 
     def __init__(self, env):
         super().__init__(env)
-        env.unwrapped._observation = env.unwrapped.ale.getScreenRGB
         self.observation_space = spaces.Box(0.0, 1.0, (1, 42, 42), np.float32)
 
     def observation(self, observation):
-        frame = cv2.resize(cv2.resize(observation[34:194, :160], (80, 80)), (42, 42))
+        screen = self.unwrapped.ale.getScreenRGB()
+        frame = cv2.resize(cv2.resize(screen[34:194, :160], (80, 80)), (42, 42))
         return frame.mean(axis=2, dtype=np.float32)[np.newaxis] / 255
 
 
+class Normalized(NormalizedObservation):
+    """The same normaliser in numpy."""
+
+    def observation(self, observation):
+        self.num_frames += 1
+        self.mean = self.mean * self.DECAY + observation.mean() * (1 - self.DECAY)
+        self.std = self.std * self.DECAY + observation.std() * (1 - self.DECAY)
+        mean = self.mean / (1 - self.DECAY**self.num_frames)
+        std = self.std / (1 - self.DECAY**self.num_frames)
+        return (observation - mean) / (std + 1e-8)
+
+
 def create_env(env_id):
-    return NormalizedObservation(ColourScreen(AtariEnv(env_id)))
+    return Normalized(ColourScreen(AtariEnv(env_id)))
 
 
 def create_model(num_inputs, num_actions):
     return ActorCritic(num_inputs, num_actions).to(memory_format=torch.contiguous_format)
 
 
-def create_optimizer(params, lr):
-    optimizer = SharedAdam(params, lr=lr)
-    optimizer.param_groups[0].update(fused=False, foreach=False)
-    return optimizer
+class PlainAdam(SharedAdam):
+    """PyTorch's own step, one tensor after another, with the shared state."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.param_groups[0].update(fused=False, foreach=False)
+
+    step = torch.optim.Adam.step
 
 
 def loss_of(values, log_probs, entropies, rewards, bootstrap, args):
