@@ -95,7 +95,7 @@ class ActorCritic(nn.Module):
     def convolve(self, pictures: list[Tensor]) -> Tensor:
         """Fill in pictures[1:] with what the convolutions make of the observations pictures[0]; return (batch, 288)."""
         for (weight, bias), x, y in zip(self._convs, pictures, pictures[1:], strict=False):
-            torch.ops.aten.elu.out(torch.conv2d(x, weight, bias, stride=2, padding=1), out=y)
+            torch._C._nn.elu(torch.conv2d(x, weight, bias, stride=2, padding=1), out=y)
         return pictures[-1].flatten(1)
 
     @torch.no_grad()
@@ -104,6 +104,12 @@ class ActorCritic(nn.Module):
         hx, cx = torch.lstm_cell(self.convolve(pictures), state, *self._lstm)
         probabilities = torch.softmax(F.linear(hx, *self._actor), dim=1)[0].tolist()
         return rng.choices(range(len(probabilities)), probabilities)[0], (hx, cx)
+
+    @torch.no_grad()
+    def value(self, pictures: list[Tensor], state: State) -> float:
+        """Return the critic's value of one observation, pictures[0]."""
+        hx, _ = torch.lstm_cell(self.convolve(pictures), state, *self._lstm)
+        return F.linear(hx, *self._critic).item()
 
     def unroll(self, pictures: list[Tensor], state: State) -> tuple[Tensor, Tensor]:
         """Look at T consecutive observations of one episode, starting from `state`; all `pictures` are filled in.

@@ -2,6 +2,7 @@
 
 import argparse
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs import create_atari_env
-from model import ActorCritic, State
+from model import ActorCritic
 from my_optim import SharedAdam
 from workers import CoreTurn
 
@@ -29,72 +30,52 @@ def discounted_returns(rewards: list[float], bootstrap: float, gamma: float) -> 
     return returns[::-1]
 
 
-def generalized_advantages(rewards: list[float], values: list[float], gamma: float, gae_lambda: float) -> list[float]:
+def generalized_advantages(
+    rewards: list[float], values: list[float], bootstrap: float, gamma: float, gae_lambda: float
+) -> list[float]:
     """Generalized advantage estimation, GAE(lambda) (Schulman et al. 2016, equation 16), T of them.
 
-    `values` has one entry more than `rewards`: the bootstrap. delta_t = r_t + gamma V_{t+1} - V_t, and
-    gae_t = delta_t + gamma lambda gae_{t+1}; with lambda 1 this is R_t - V_t, with lambda 0 it is delta_t.
+    delta_t = r_t + gamma V_{t+1} - V_t, where V_T is `bootstrap`, and gae_t = delta_t + gamma lambda gae_{t+1}; with
+    lambda 1 this is R_t - V_t, with lambda 0 it is delta_t.
     """
-    advantages, gae = [], 0.0
-    for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * values[t + 1] - values[t]
+    advantages, gae, next_value = [], 0.0, bootstrap
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        delta = reward + gamma * next_value - value
         gae = delta + gamma * gae_lambda * gae
         advantages.append(gae)
+        next_value = value
     return advantages[::-1]
 
 
-def a3c_loss(logits: Tensor, values: Tensor, actions: Tensor, rewards: list[float], args: argparse.Namespace) -> Tensor:
+def a3c_loss(
+    logits: Tensor, values: Tensor, actions: list[int], rewards: list[float], bootstrap: float, args: argparse.Namespace
+) -> Tensor:
     """Loss of one rollout, summed over its T steps: policy gradient, entropy bonus and squared value error.
 
     Args:
-        logits: (T, num_actions). values: (T + 1,), the last one the bootstrap. actions: (T,) int64. rewards: T.
+        logits: (T, num_actions). values: (T,). actions, rewards: T of each. bootstrap: the value of what came next.
         args: gamma, gae_lambda, entropy_coef and value_loss_coef are read.
 
-    No gradient flows from the policy term into the values (the advantages are weights there), nor into the bootstrap.
+    No gradient flows from the policy term into the values: the advantages are weights there.
     """
-    estimates = values.detach().tolist()
-    returns = torch.tensor(discounted_returns(rewards, estimates[-1], args.gamma))
-    advantages = torch.tensor(generalized_advantages(rewards, estimates, args.gamma, args.gae_lambda))
+    returns = torch.tensor(discounted_returns(rewards, bootstrap, args.gamma))
+    advantages = torch.tensor(generalized_advantages(rewards, values.tolist(), bootstrap, args.gamma, args.gae_lambda))
     log_probs = F.log_softmax(logits, dim=1)
     entropy = -(log_probs.exp() * log_probs).sum(dim=1)
-    chosen = log_probs.gather(1, actions.unsqueeze(1)).squeeze(1)
+    chosen = log_probs.gather(1, torch.tensor(actions).unsqueeze(1)).squeeze(1)
     policy_loss = -(chosen * advantages + args.entropy_coef * entropy).sum()
-    value_loss = 0.5 * (returns - values[:-1]).pow(2).sum()
+    value_loss = 0.5 * (returns - values).pow(2).sum()
     return policy_loss + args.value_loss_coef * value_loss
 
 
-def rollout_loss(
-    model: ActorCritic,
-    pictures: list[Tensor],
-    state: State,
-    actions: list[int],
-    rewards: list[float],
-    terminated: bool,
-    args: argparse.Namespace,
-) -> Tensor:
-    """Loss of a rollout that was acted from `state` without a graph: the graph is made here, in one batch.
-
-    The weights do not change inside a rollout, so this is what a graph that grew while acting would give, sooner.
-    `pictures` holds T + 1 steps, the last one what the last action led to (its observation only): its value is the
-    bootstrap, but zero where the episode ended, as nothing comes after it. An episode that was merely cut, by the
-    rollout's length or a time limit, would have gone on.
-    """
-    model.convolve([x[-1:] for x in pictures])
-    values, logits = model.unroll(pictures, state)
-    if terminated:
-        values = torch.cat([values[:-1], torch.zeros(1)])
-    return a3c_loss(logits[:-1], values, torch.tensor(actions), rewards, args)
-
-
-def hand_over_gradients(parameters: list[Tensor], shared_parameters: list[Tensor]) -> None:
-    """Make the local gradients this process's gradients of the shared parameters.
+def hand_over_gradients(gradients: Iterable[Tensor], shared_parameters: list[Tensor]) -> None:
+    """Make the gradients just computed this process's gradients of the shared parameters.
 
     The shared *parameters* live in shared memory; their `grad` does not, it is an attribute that each process has for
-    itself. It must be set at every update: since PyTorch 2.0 `zero_grad` sets gradients to None, so a reference kept
-    from the first update would go on pointing at that update's gradient.
+    itself. It is set at every update: a reference kept from the first one would go on pointing at that one's gradient.
     """
-    for parameter, shared_parameter in zip(parameters, shared_parameters, strict=True):
-        shared_parameter.grad = parameter.grad
+    for gradient, shared_parameter in zip(gradients, shared_parameters, strict=True):
+        shared_parameter.grad = gradient
 
 
 def train(
@@ -115,14 +96,15 @@ def train(
     model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
     parameters, shared_parameters = list(model.parameters()), list(shared_model.parameters())
     pictures = model.new_pictures(args.num_steps + 1)
-    pictures_of_step = [[x[t : t + 1] for x in pictures] for t in range(args.num_steps)]
+    pictures_of_step = [[x[t : t + 1] for x in pictures] for t in range(args.num_steps + 1)]
     observations = pictures[0].numpy()  # the same memory
     observation, _ = env.reset(seed=seed)
     state, episode_length = model.initial_state(), 0
     turn = CoreTurn(run_folder, rank)
     ready[rank] = True
 
-    while args.max_steps is None or steps.sum() < args.max_steps:
+    steps_made = steps.numpy()  # the same memory, sooner read
+    while args.max_steps is None or steps_made.sum() < args.max_steps:
         with turn:
             # Copy the shared weights.
             with torch.no_grad():
@@ -142,17 +124,24 @@ def train(
                 if terminated or truncated:
                     break
 
-            # Update the shared weights, without a lock.
-            model.zero_grad()
+            # The value of what the last action led to: zero where the episode ended, as nothing comes after it. One
+            # that was merely cut, by the rollout's length or a time limit, would have gone on.
             T = len(rewards)
-            pictures_of_rollout = [x[: T + 1] for x in pictures]
-            rollout_loss(model, pictures_of_rollout, first_state, actions, rewards, terminated, args).backward()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            bootstrap = 0.0 if terminated else model.value(pictures_of_step[T], state)
+
+            # Learn: the weights have not changed since acting, so a graph made now, of the whole rollout in one batch,
+            # gives the gradient that one grown while acting would give, but sooner.
+            values, logits = model.unroll([x[:T] for x in pictures], first_state)
+            loss = a3c_loss(logits, values, actions, rewards, bootstrap, args)
+            gradients = torch.autograd.grad(loss, parameters)
+
+            # Update the shared weights, without a lock.
+            hand_over_gradients(gradients, shared_parameters)
+            norm = torch.nn.utils.get_total_norm(gradients)
             if norm > args.max_grad_norm:
-                torch.nn.utils.clip_grads_with_norm_(parameters, args.max_grad_norm, norm)
-            hand_over_gradients(parameters, shared_parameters)
+                torch.nn.utils.clip_grads_with_norm_(shared_parameters, args.max_grad_norm, norm)
             optimizer.step()
-            steps[rank] += T
+            steps_made[rank] += T
 
             if terminated or truncated:
                 observation, _ = env.reset()

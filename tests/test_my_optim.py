@@ -22,7 +22,7 @@ def test_shared_adam_is_adam(lr):
     twin_optimizer = torch.optim.Adam(twin.parameters(), lr=lr, fused=True)
     for seed in range(200):
         set_gradients(model, seed)
-        hand_over_gradients(list(model.parameters()), list(twin.parameters()))
+        hand_over_gradients([p.grad for p in model.parameters()], list(twin.parameters()))
         optimizer.step()
         twin_optimizer.step()
     for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):

@@ -34,35 +34,35 @@ def test_returns_are_discounted_and_end_in_the_bootstrap():
     ],
 )
 def test_generalized_advantages(gae_lambda, expected):
-    advantages = generalized_advantages([1.0, 0.0, 2.0], [0.5, 1.0, -1.0, 4.0], 0.5, gae_lambda)
+    advantages = generalized_advantages([1.0, 0.0, 2.0], [0.5, 1.0, -1.0], 4.0, 0.5, gae_lambda)
     assert advantages == pytest.approx(expected)
 
 
 def test_loss_of_a_rollout_worked_by_hand():
     # Two steps, two actions; the policy is uniform, then 3:1. gamma 0.5, lambda 1, bootstrap 2.
     logits = torch.tensor([[0.0, 0.0], [np.log(3.0), 0.0]])
-    values, actions = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1, 0])
+    values = torch.tensor([0.5, 1.0])
     # Rewards 1 and 0: returns 1 + 0.5 x 1 = 1.5 and 0 + 0.5 x 2 = 1, advantages 1.5 - 0.5 = 1 and 1 - 1 = 0.
     log_half, log_three_quarters = np.log(0.5), np.log(0.75)
     entropy = [-log_half, -(0.75 * log_three_quarters + 0.25 * np.log(0.25))]
     policy_loss = -(log_half * 1.0 + log_three_quarters * 0.0) - 0.1 * sum(entropy)
     value_loss = 0.5 * 1.0**2 + 0.5 * 0.0**2
-    loss = a3c_loss(logits, values, actions, [1.0, 0.0], options(gamma=0.5, entropy_coef=0.1, value_loss_coef=0.3))
+    args = options(gamma=0.5, entropy_coef=0.1, value_loss_coef=0.3)
+    loss = a3c_loss(logits, values, [1, 0], [1.0, 0.0], 2.0, args)
     assert loss.item() == pytest.approx(policy_loss + 0.3 * value_loss)
 
 
 def test_gradients_flow_where_they_should_and_nowhere_else():
     logits = torch.randn(3, 6, requires_grad=True)
-    values = torch.tensor([0.3, -0.2, 0.1, 0.7], requires_grad=True)
-    actions, rewards = torch.tensor([0, 5, 2]), [1.0, 0.0, -1.0]
+    values = torch.tensor([0.3, -0.2, 0.1], requires_grad=True)
+    actions, rewards = [0, 5, 2], [1.0, 0.0, -1.0]
     args = options(gamma=0.9, gae_lambda=0.5, entropy_coef=0.0)
-    a3c_loss(logits, values, actions, rewards, args).backward()
+    a3c_loss(logits, values, actions, rewards, 0.7, args).backward()
     returns = torch.tensor(discounted_returns(rewards, 0.7, 0.9))
-    # Into the values: the value loss's gradient alone. Into the bootstrap: none.
-    torch.testing.assert_close(values.grad[:3], 0.5 * (values.detach()[:3] - returns))
-    assert values.grad[3] == 0
+    # Into the values: the value loss's gradient alone.
+    torch.testing.assert_close(values.grad, 0.5 * (values.detach() - returns))
     # Into the logits: advantage x (policy - chosen action).
-    advantages = torch.tensor(generalized_advantages(rewards, values.tolist(), 0.9, 0.5))
+    advantages = torch.tensor(generalized_advantages(rewards, values.tolist(), 0.7, 0.9, 0.5))
     expected = (logits.detach().softmax(1) - torch.eye(6)[actions]) * advantages.unsqueeze(1)
     torch.testing.assert_close(logits.grad, expected)
 
@@ -100,9 +100,9 @@ def losses_of(monkeypatch, args, run_folder):
     """Train in this process and return what each rollout's loss was computed from."""
     calls = []
 
-    def recorded(logits, values, actions, rewards, args):
-        calls.append(SimpleNamespace(logits=logits, values=values, actions=actions, rewards=rewards))
-        return a3c_loss(logits, values, actions, rewards, args)
+    def recorded(logits, values, actions, rewards, bootstrap, args):
+        calls.append(SimpleNamespace(values=values, rewards=rewards, bootstrap=bootstrap))
+        return a3c_loss(logits, values, actions, rewards, bootstrap, args)
 
     monkeypatch.setattr(train, "a3c_loss", recorded)
     torch.manual_seed(0)
@@ -129,13 +129,13 @@ def test_the_bootstrap_is_zero_after_an_end_and_the_critics_value_after_a_cut(
     args = options(max_episode_length=max_episode_length, num_steps=num_steps, max_steps=1)
     (rollout,) = losses_of(monkeypatch, args, tmp_path)
     assert rollout.rewards == [1.0] * length  # clipped
-    assert rollout.values.shape == (length + 1,)
+    assert rollout.values.shape == (length,)
     torch.manual_seed(0)
     model = ActorCritic(1, 6)
     state, game = model.initial_state(), ShortGame(False, False)
     for game.num_steps in range(length + 1):
         value, _, state = model(torch.from_numpy(game.observe()).unsqueeze(0), state)
-    assert rollout.values[-1].item() == pytest.approx(value.item() if cut else 0.0, abs=1e-6)
+    assert rollout.bootstrap == pytest.approx(value.item() if cut else 0.0, abs=1e-6)
     assert value.abs() > 1e-3
 
 

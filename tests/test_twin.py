@@ -12,7 +12,7 @@ from test_train import options
 from envs import create_atari_env
 from model import ActorCritic
 from my_optim import SharedAdam
-from train import rollout_loss
+from train import a3c_loss
 
 
 def stored_rollout(length, terminated, seed=0):
@@ -31,13 +31,14 @@ def stored_rollout(length, terminated, seed=0):
     )
 
 
-def pictures_of(model, rollout):
-    """What acting leaves behind for the learning pass."""
-    pictures = model.new_pictures(len(rollout.observations))
+def act_and_unroll(model, rollout):
+    """Return the values (T,), the logits (T, 6) and the bootstrap."""
+    pictures, state = model.new_pictures(len(rollout.observations)), rollout.state
     pictures[0].copy_(rollout.observations)
     for t in range(len(rollout.actions)):
-        model.act([x[t : t + 1] for x in pictures], rollout.state, random.Random(0))
-    return pictures
+        _, state = model.act([x[t : t + 1] for x in pictures], state, random.Random(0))
+    bootstrap = 0.0 if rollout.terminated else model.value([x[-1:] for x in pictures], state)
+    return *model.unroll([x[:-1] for x in pictures], rollout.state), bootstrap
 
 
 @pytest.mark.parametrize(("length", "terminated"), [(20, False), (20, True), (7, True), (1, False)])
@@ -45,13 +46,14 @@ def test_one_batch_gives_the_gradient_of_the_graph_that_grew_step_by_step(length
     rollout, args = stored_rollout(length, terminated), options(gae_lambda=0.9)
     torch.manual_seed(1)
     model = ActorCritic(1, 6)
-    pictures = pictures_of(model, rollout)
-    loss = rollout_loss(model, pictures, rollout.state, rollout.actions, rollout.rewards, terminated, args)
+    values, logits, bootstrap = act_and_unroll(model, rollout)
+    loss = a3c_loss(logits, values, rollout.actions, rollout.rewards, bootstrap, args)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     twin = textbook.create_model(1, 6)
     twin.load_state_dict(model.state_dict())
     expected = textbook.rollout_gradient(twin, **vars(rollout), args=args)
-    for (name, _), gradient, its_twin in zip(model.named_parameters(), gradients, expected, strict=True):
+    for (name, parameter), gradient, its_twin in zip(model.named_parameters(), gradients, expected, strict=True):
+        assert gradient.stride() == parameter.stride(), name  # the fused Adam runs through memory
         assert its_twin.norm() > 0, name
         assert (gradient - its_twin).norm() <= 1e-4 * its_twin.norm(), name
 
@@ -60,13 +62,13 @@ def test_acting_and_learning_see_the_same_policy():
     rollout = stored_rollout(20, False)
     torch.manual_seed(1)
     model = ActorCritic(1, 6)
-    pictures, state = pictures_of(model, rollout), rollout.state
-    model.convolve([x[-1:] for x in pictures])
-    values, logits = model.unroll(pictures, state)
+    values, logits, bootstrap = act_and_unroll(model, rollout)
+    values, state = torch.cat([values, torch.tensor([bootstrap])]), rollout.state
     for t, observation in enumerate(rollout.observations):
         value, step_logits, state = model(observation.unsqueeze(0), state)
         torch.testing.assert_close(values[t], value[0, 0], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(logits[t], step_logits[0], atol=1e-6, rtol=1e-4)
+        if t < len(logits):
+            torch.testing.assert_close(logits[t], step_logits[0], atol=1e-6, rtol=1e-4)
 
 
 def test_one_gradient_moves_the_weights_to_the_same_bits():
