@@ -4,25 +4,32 @@ python main.py --env-name Pong-v0 --num-processes 16
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
 import os
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-import torch.multiprocessing as mp
+import workers
 
+if __name__ == "__main__":  # before the imports that take seconds, so that these two hold during them, too
+    workers.hold_signals()
+elif __name__ == "__mp_main__":  # a spawned process
+    workers.watch_main_process()
+
+import torch
+
+from checkpoint import RunState, read
 from envs import create_atari_env, find_game
-from model import ActorCritic
-from my_optim import SharedAdam
 from test import evaluate
 from train import train
-from workers import ENVIRONMENT, run_processes
 
 
 def fail(message: str) -> NoReturn:
@@ -31,26 +38,18 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print `message` and exit."""
-        fail(message)
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
+def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], int | float]:
     """Return an argparse type for a finite int or float in [low, high]."""
+    limits = f" from {low} to {high}" if high < math.inf else f" of at least {low}" if low > -math.inf else ""
 
     def parse(text: str) -> int | float:
-        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or value == math.inf:
+        if not low <= value <= high or math.isinf(value):
             name = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"must be a {name} {limits}, not '{text}'")
+            raise argparse.ArgumentTypeError(f"must be a {name}{limits}, not '{text}'")
         return value
 
     return parse
@@ -58,30 +57,30 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], in
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (or `argv`); exit with status 2 and one line if something is wrong with it."""
-    parser = Parser(
-        prog="main.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("main.py", description=__doc__.splitlines()[0], formatter_class=formatter)
+    parser.error = fail  # one line, without the usage
     run = parser.add_argument_group("the run")
     run.add_argument("--env-name", default="Pong-v0", help="Atari game, as in Pong-v0 or ALE/Pong-v5")
     run.add_argument("--num-processes", type=number(int, 1), default=4, help="training processes")
     run.add_argument("--max-steps", type=number(int, 1), help="training steps over all processes; None: run on")
-    run.add_argument(
-        "--max-episode-length", type=number(int, 1), default=1_000_000, help="steps until an episode is cut"
-    )
+    run.add_argument("--max-time", type=number(float, 0), help="hours of this sitting; None: run on")
+    run.add_argument("--target-reward", type=number(float), help="to stop at: mean of the last 100 test episodes")
+    run.add_argument("--max-episode-length", type=number(int, 1), default=1_000_000, help="steps that cut an episode")
     run.add_argument("--seed", type=number(int, 0), default=1, help="of weights, games and sampling")
     run.add_argument("--save-dir", type=Path, help="run folder; None: runs/<env-name>-<k>, the next free k")
-    run.add_argument(
-        "--record-every", type=number(int, 0), default=100, help="test episodes from video to video; 0: never"
-    )
+    run.add_argument("--resume", type=Path, metavar="RUN", help="go on with this folder's run, with its options")
+    run.add_argument("--checkpoint-interval", type=number(float, 1), default=60.0, help="seconds between checkpoints")
+    run.add_argument("--record-every", type=number(int, 0), default=100, help="test episodes to a video; 0: never")
     learn = parser.add_argument_group("learning")
     learn.add_argument("--lr", type=number(float, 0), default=1e-4, help="Adam's learning rate")
+    schedules = ("constant", "linear")
+    learn.add_argument("--lr-schedule", choices=schedules, default="constant", help="linear: to zero at --max-steps")
     learn.add_argument("--gamma", type=number(float, 0, 1), default=0.99, help="discount of a reward one step later")
     learn.add_argument("--gae-lambda", type=number(float, 0, 1), default=1.0, help="lambda of the advantage estimates")
     learn.add_argument("--entropy-coef", type=number(float, 0), default=0.01, help="weight of the entropy bonus")
     learn.add_argument("--value-loss-coef", type=number(float, 0), default=0.5, help="weight of the value loss")
-    learn.add_argument(
-        "--max-grad-norm", type=number(float, 0), default=50.0, help="norm that gradients are clipped to"
-    )
+    learn.add_argument("--max-grad-norm", type=number(float, 0), default=50.0, help="norm to clip gradients to")
     learn.add_argument("--num-steps", type=number(int, 1), default=20, help="steps of a rollout")
     learn.add_argument("--no-shared", action="store_true", help="give each process an Adam of its own")
     args = parser.parse_args(argv)
@@ -89,62 +88,115 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         find_game(args.env_name)
     except ValueError as error:
         fail(str(error))
+    if args.resume and args.save_dir:
+        fail("argument --save-dir: a run that is resumed stays in its folder")
+    if args.lr_schedule == "linear" and args.max_steps is None:
+        fail("argument --lr-schedule: linear needs --max-steps, where the learning rate reaches zero")
     return args
 
 
+def load_run(args: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespace, dict]:
+    """Return the options and the checkpoint of the run to resume; raise `OSError` or `ValueError` if it cannot be."""
+    path = args.resume / "checkpoint.pt"
+    if not path.is_file():
+        raise ValueError(f"{args.resume} is no run to resume: there is no {path}")
+    checkpoint = read(path)
+    if not isinstance(checkpoint.get("options"), dict):
+        raise ValueError(f"{path} is not a checkpoint")
+    # The run's own options come first, as if they had been typed, so that those typed now win.
+    own = {f"--{name}".replace("_", "-"): v for name, v in checkpoint["options"].items() if v not in (None, False)}
+    args = parse_args([*(name if v is True else f"{name}={v}" for name, v in own.items()), *argv])
+    if args.env_name != own.get("--env-name"):
+        raise ValueError(f"the run in {args.resume} plays {own.get('--env-name')}, not {args.env_name}")
+    return args, checkpoint
+
+
 def make_run_folder(args: argparse.Namespace) -> Path:
-    """Make the folder that this run writes to, with options.json in it; raise `OSError` if that cannot be done."""
-    folder = args.save_dir
-    if folder is None:
+    """Make the folder that a new run writes to; raise `OSError` if that cannot be done."""
+    if args.save_dir is None:
         for k in itertools.count(1):
             folder = Path("runs", f"{args.env_name.replace('/', '-')}-{k}")
-            try:
+            with contextlib.suppress(FileExistsError):
                 folder.mkdir(parents=True)
-                break
-            except FileExistsError:
-                continue
-    folder.mkdir(parents=True, exist_ok=True)
-    if any((folder / name).exists() for name in ("options.json", "episodes.csv", "videos")):
-        raise FileExistsError(f"{folder} already holds a run: name another folder")
-    with open(folder / "options.json", "x") as file:  # "x": of two runs that name one folder, one fails
-        json.dump(vars(args), file, indent=2, default=str)
-    return folder
+                return folder
+    args.save_dir.mkdir(parents=True, exist_ok=True)
+    if any((args.save_dir / name).exists() for name in ("options.json", "episodes.csv", "checkpoint.pt", "videos")):
+        raise FileExistsError(f"{args.save_dir} already holds a run: name another folder, or --resume it")
+    return args.save_dir
+
+
+class Watch:
+    """What the main process does while the others work: it looks at signals and clocks, and saves."""
+
+    def __init__(self, args: argparse.Namespace, state: RunState, run_folder: Path) -> None:
+        self.args, self.state, self.run_folder = args, state, run_folder
+        self.started = self.saved = self.told = time.time()
+        self.signal, self.dropped = None, 0
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        self.saved = time.time()
+        elapsed = self.state.elapsed + self.saved - self.started
+        workers.attempt(self.state.save, self.run_folder, self.args, elapsed)
+
+    def tick(self) -> None:
+        """Do what is due."""
+        for number in workers.signals_held():
+            self.state.stop[0] = workers.STOP_AT_ONCE if self.signal == number == signal.SIGINT else workers.STOP
+            self.signal = self.signal or number
+        now = time.time()
+        if self.args.max_time is not None and now - self.started > 3600 * self.args.max_time:
+            self.state.stop.clamp_(min=workers.FINISH)
+        if now - self.saved > self.args.checkpoint_interval:
+            self.save()
+        if now - self.told > 60 and self.state.dropped.sum() > self.dropped:
+            self.told, self.dropped = now, int(self.state.dropped.sum())
+            workers.complain(f"{self.dropped} rollouts so far dropped, as loss or gradient was not finite")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Start the processes, watch over them, and return the exit status."""
-    args = parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args, checkpoint = parse_args(argv), None
     try:
-        run_folder = make_run_folder(args)
-    except OSError as error:
-        fail(f"cannot write the run: {error}")
+        if args.resume:
+            args, checkpoint = load_run(args, argv)
+        run_folder = args.resume or make_run_folder(args)
+        workers.lock(run_folder)
+        os.environ |= workers.ENVIRONMENT | {workers.MAIN_PROCESS: str(os.getpid())}
+        torch.manual_seed(args.seed)
+        env = create_atari_env(args.env_name)
+        state = RunState(args, env.observation_space.shape[0], env.action_space.n)
+        if checkpoint:
+            state.restore(checkpoint)
+            if args.max_steps is not None and state.steps.sum() >= args.max_steps:
+                raise ValueError(f"the run has made its {args.max_steps} steps: name a higher --max-steps")
+            if state.target_reached(args.target_reward):
+                raise ValueError(f"the run has reached its {args.target_reward}: name a higher --target-reward")
+        (run_folder / "options.json").write_text(json.dumps(vars(args), indent=2, default=str))
+    except (OSError, ValueError) as error:
+        fail(str(error))
 
-    os.environ |= ENVIRONMENT
-    mp.set_start_method("spawn")  # everywhere: a fork copies the locks of running threads, and macOS does not bear it
-    torch.manual_seed(args.seed)
-    env = create_atari_env(args.env_name)
-    shared_model = ActorCritic(env.observation_space.shape[0], env.action_space.n).share_memory()
-    optimizers = [SharedAdam(shared_model.parameters(), lr=args.lr)] * args.num_processes
-    if args.no_shared:
-        optimizers = [SharedAdam(shared_model.parameters(), lr=args.lr) for _ in range(args.num_processes)]
-    steps = torch.zeros(args.num_processes, dtype=torch.int64).share_memory_()
-    ready = torch.zeros(args.num_processes + 1, dtype=torch.bool).share_memory_()
-
-    until = f"for {args.max_steps} steps" if args.max_steps else "until stopped"
-    print(
+    until = f"to {args.max_steps} steps" if args.max_steps else "until stopped"
+    workers.say(
         f"A3C on {args.env_name}: {args.num_processes} training processes and one test process, {until}.\n"
-        f"Writing to {run_folder}{os.sep}: episodes.csv, videos. Ctrl-C stops the run.",
-        flush=True,
+        f"Writing to {run_folder}{os.sep}: episodes.csv, videos, checkpoint.pt, best.pt. Ctrl-C stops the run."
     )
-    processes = []
-    for rank, optimizer in enumerate(optimizers):
-        worker_args = (rank, args, shared_model, optimizer, steps, ready, run_folder)
-        processes.append(mp.Process(target=train, args=worker_args, name=f"training process {rank}"))
-    test_args = (args, shared_model, steps, ready, time.time(), run_folder)
-    processes.insert(1, mp.Process(target=evaluate, args=test_args, name="test process"))
-    status = run_processes(processes, ready)
-    print(f"{'Done' if status == 0 else 'Stopped'}; the run lies in {run_folder}", flush=True)
-    return status
+    watch = Watch(args, state, run_folder)
+    jobs = [
+        workers.Job(f"training process {rank}", rank, train, (rank, args, state, run_folder))
+        for rank in range(args.num_processes)
+    ]
+    start_time = watch.started - state.elapsed
+    jobs.insert(1, workers.Job("test process", args.num_processes, evaluate, (args, state, start_time, run_folder)))
+    try:
+        well = workers.supervise(jobs, state.ready, state.stop, state.life, run_folder, watch.tick)
+    finally:
+        watch.save()
+    how = f"Stopped by {signal.Signals(watch.signal).name}" if watch.signal else "Done" if well else "Gave up"
+    resume = f"python main.py --resume {shlex.quote(str(run_folder))}"
+    workers.say(f"{how} after {state.steps.sum()} steps; the run lies in {run_folder}, and goes on with: {resume}")
+    return 128 + watch.signal if watch.signal else 0 if well else 1
 
 
 if __name__ == "__main__":

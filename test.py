@@ -6,49 +6,69 @@ The weights are copied at an episode's start only, so that one score belongs to 
 import argparse
 import random
 import time
-from collections.abc import Generator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Self
 
 import cv2
 import gym
 import numpy as np
 import torch
 from imageio_ffmpeg import write_frames
-from torch import Tensor
 
+from checkpoint import EpisodeLog, RunState
 from envs import create_atari_env
 from model import ActorCritic
 from train import worker_seed
-from workers import CoreTurn
+from workers import FINISH, STOP, CoreTurn, attempt, complain, say
 
 STEPS_A_TURN = 20  # as many as a training worker's turn has by default
 
 
-def open_video(path: Path, env: gym.Env) -> Generator[None, np.ndarray, None]:
-    """Start ffmpeg on `path`; `send` it frames of twice the game's size, and `close` it.
+class Video:
+    """A context manager that streams the game to ffmpeg, at twice its size; with path None, it does nothing.
 
-    Frames are streamed, one a step, so memory stays constant however long the episode. H.264 with yuv420p plays
-    everywhere. If this process dies, ffmpeg sees the end of its input and closes the file properly.
+    Memory stays constant however long the episode. H.264 with yuv420p plays everywhere. If this process dies, ffmpeg
+    sees the end of its input and closes the file properly. If the video cannot be written, the game goes on.
     """
-    path.parent.mkdir(exist_ok=True)
-    height, width = env.unwrapped.observation_space.shape
-    video = write_frames(
-        path,
-        (2 * width, 2 * height),
-        fps=env.unwrapped.metadata["render_fps"],
-        macro_block_size=2,
-        quality=7,
-        ffmpeg_log_level="fatal",  # a stop may cut the last frame in two, which is no news
-        output_params=["-preset", "veryfast", "-threads", "1"],  # the cores belong to the workers
-    )
-    video.send(None)
-    return video
 
+    def __init__(self, path: Path | None, env: gym.Env) -> None:
+        self._env, self._writer = env, None
+        if path is None:
+            return
+        height, width = env.unwrapped.observation_space.shape
+        self._writer = write_frames(
+            path,
+            (2 * width, 2 * height),
+            fps=env.unwrapped.metadata["render_fps"],
+            macro_block_size=2,
+            quality=7,
+            ffmpeg_log_level="fatal",  # a stop may cut the last frame in two, which is no news
+            output_params=["-preset", "veryfast", "-threads", "1"],  # the cores belong to the workers
+        )
+        self._path = path
+        self._send(None)
 
-def enlarged_screen(env: gym.Env) -> np.ndarray:
-    """Return the screen at twice its size, (2 height, 2 width, 3) uint8, its pixels kept sharp."""
-    return cv2.resize(env.render(), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
+    def _send(self, frame: np.ndarray | None) -> None:
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            self._writer.send(frame)
+        except (OSError, RuntimeError) as error:
+            complain(f"no video {self._path}: {error}")
+            self._writer = None
+
+    def add_frame(self) -> None:
+        """Append the screen, its pixels kept sharp."""
+        if self._writer:
+            self._send(cv2.resize(self._env.render(), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer:
+            self._writer.close()
 
 
 def play_episode(
@@ -58,66 +78,69 @@ def play_episode(
     max_length: int,
     video: Path | None = None,
     turn: AbstractContextManager = nullcontext(),  # noqa: B008 - it has no state
-) -> tuple[float, int]:
-    """Play one episode, sampling from the policy; return the reward, unclipped, and the length in steps."""
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[float, int] | None:
+    """Play one episode, sampling from the policy; return the reward, unclipped, and the length in steps.
+
+    Returns None if the run was `stopped` meanwhile.
+    """
     observation, _ = env.reset()
     state, pictures = model.initial_state(), model.new_pictures(1)
     total_reward, length, done = 0.0, 0, False
-    writer = open_video(video, env) if video else None
-    while not done:
-        with turn:
-            for _ in range(STEPS_A_TURN):
-                if writer:
-                    writer.send(enlarged_screen(env))
-                pictures[0][0] = torch.from_numpy(observation)
-                action, state = model.act(pictures, state, rng)
-                observation, reward, terminated, truncated, _ = env.step(action)
-                total_reward += reward
-                length += 1
-                done = terminated or truncated or length >= max_length
-                if done:
-                    break
-    if writer:
-        writer.send(enlarged_screen(env))
-        writer.close()
+    with Video(video, env) as video:
+        while not done:
+            if stopped():
+                return None
+            with turn:
+                for _ in range(STEPS_A_TURN):
+                    video.add_frame()
+                    pictures[0][0] = torch.from_numpy(observation)
+                    action, state = model.act(pictures, state, rng)
+                    observation, reward, terminated, truncated, _ = env.step(action)
+                    total_reward += reward
+                    length += 1
+                    done = terminated or truncated or length >= max_length
+                    if done:
+                        video.add_frame()
+                        break
     return total_reward, length
 
 
-def evaluate(
-    args: argparse.Namespace,
-    shared_model: ActorCritic,
-    steps: Tensor,
-    ready: Tensor,
-    start_time: float,
-    run_folder: Path,
-) -> None:
-    """Play test episodes until the training steps are made; a console line and a row of episodes.csv for each."""
+def evaluate(args: argparse.Namespace, shared: RunState, start_time: float, run_folder: Path, life: int) -> None:
+    """Play test episodes until the run ends; for each a console line, a row of episodes.csv, perhaps a best.pt."""
     torch.set_num_threads(1)
-    seed = worker_seed(args.seed, args.num_processes)
+    seed = worker_seed(args.seed, args.num_processes, life)
     rng = random.Random(seed)
     env = create_atari_env(args.env_name, render_mode="rgb_array")
-    model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
+    env.mean, env.std, env.num_frames = shared.observation_statistics.tolist()
     env.reset(seed=seed)
+    model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
     turn = CoreTurn(run_folder, args.num_processes)
-    ready[-1] = True
-    with open(run_folder / "episodes.csv", "w") as file:
-        file.write("episode,time_s,num_steps,fps,reward,length\n")
+    log = EpisodeLog(run_folder, int(shared.episodes))
+    shared.ready[args.num_processes] = True
 
-    episode, finished = 0, False
+    finished = False
     while not finished:
-        model.load_state_dict(shared_model.state_dict())
+        model.load_state_dict(shared.model.state_dict())
+        episode = int(shared.episodes)
         record = args.record_every and episode % args.record_every == 0
         video = run_folder / "videos" / f"rl-video-episode-{episode}.mp4" if record else None
-        reward, length = play_episode(env, model, rng, args.max_episode_length, video, turn)
-        elapsed, num_steps = time.time() - start_time, steps.sum().item()
+        outcome = play_episode(
+            env, model, rng, args.max_episode_length, video, turn, stopped=lambda: shared.stop[0] >= STOP
+        )
+        if outcome is None:
+            return
+        reward, length = outcome
+        elapsed, num_steps = time.time() - start_time, int(shared.steps.sum())
         fps = num_steps / elapsed
         minutes, seconds = divmod(int(elapsed), 60)
-        print(
+        say(
             f"Time {minutes // 60:02d}h {minutes % 60:02d}m {seconds:02d}s, num steps {num_steps}, FPS {fps:.0f}, "
-            f"episode reward {reward:.1f}, episode length {length}",
-            flush=True,
+            f"episode reward {reward:.1f}, episode length {length}"
         )
-        with open(run_folder / "episodes.csv", "a") as file:
-            file.write(f"{episode},{elapsed:.1f},{num_steps},{fps:.0f},{reward},{length}\n")
-        finished = args.max_steps is not None and num_steps >= args.max_steps
-        episode += 1
+        attempt(log.append, episode, f"{elapsed:.1f}", num_steps, f"{fps:.0f}", reward, length)
+        shared.count_episode(reward, (env.mean, env.std, env.num_frames))
+        attempt(shared.save_if_best, run_folder, args, model)
+        if shared.target_reached(args.target_reward):
+            shared.stop.clamp_(min=FINISH)
+        finished = shared.stop[0] >= FINISH or (args.max_steps is not None and num_steps >= args.max_steps)

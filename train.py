@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpoint import RunState
 from envs import create_atari_env
 from model import ActorCritic
-from my_optim import SharedAdam
-from workers import CoreTurn
+from workers import GO_ON, CoreTurn
 
 
-def worker_seed(seed: int, rank: int) -> int:
-    """Return a seed for process `rank` that no other rank, under this or another `--seed`, is likely to have."""
-    return int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
+def worker_seed(seed: int, rank: int, life: int) -> int:
+    """Return a seed that no other rank or life, under this or another `--seed`, is likely to have."""
+    return int(np.random.SeedSequence((seed, rank, life)).generate_state(1)[0])
 
 
 def discounted_returns(rewards: list[float], bootstrap: float, gamma: float) -> list[float]:
@@ -78,33 +78,26 @@ def hand_over_gradients(gradients: Iterable[Tensor], shared_parameters: list[Ten
         shared_parameter.grad = gradient
 
 
-def train(
-    rank: int,
-    args: argparse.Namespace,
-    shared_model: ActorCritic,
-    optimizer: SharedAdam,
-    steps: Tensor,
-    ready: Tensor,
-    run_folder: Path,
-) -> None:
-    """Train until all workers together have made `args.max_steps` steps; `steps` (int64) has one slot a worker."""
+def train(rank: int, args: argparse.Namespace, shared: RunState, run_folder: Path, life: int) -> None:
+    """Train until all workers together have made `args.max_steps` steps, or the run is stopped."""
     torch.set_num_threads(1)
-    assert all(p.is_shared() for p in shared_model.parameters()), "the weights must lie in shared memory"
-    seed = worker_seed(args.seed, rank)
+    assert all(p.is_shared() for p in shared.model.parameters()), "the weights must lie in shared memory"
+    seed = worker_seed(args.seed, rank, life)
     rng = random.Random(seed)
     env = create_atari_env(args.env_name)
     model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
-    parameters, shared_parameters = list(model.parameters()), list(shared_model.parameters())
+    parameters, shared_parameters = list(model.parameters()), list(shared.model.parameters())
+    optimizer = shared.optimizer(rank)
     pictures = model.new_pictures(args.num_steps + 1)
     pictures_of_step = [[x[t : t + 1] for x in pictures] for t in range(args.num_steps + 1)]
     observations = pictures[0].numpy()  # the same memory
     observation, _ = env.reset(seed=seed)
     state, episode_length = model.initial_state(), 0
     turn = CoreTurn(run_folder, rank)
-    ready[rank] = True
+    steps, stop = shared.steps.numpy(), shared.stop.numpy()  # the same memory, sooner read
+    shared.ready[rank] = True
 
-    steps_made = steps.numpy()  # the same memory, sooner read
-    while args.max_steps is None or steps_made.sum() < args.max_steps:
+    while stop[0] == GO_ON and (args.max_steps is None or steps.sum() < args.max_steps):
         with turn:
             # Copy the shared weights.
             with torch.no_grad():
@@ -136,12 +129,17 @@ def train(
             gradients = torch.autograd.grad(loss, parameters)
 
             # Update the shared weights, without a lock.
-            hand_over_gradients(gradients, shared_parameters)
             norm = torch.nn.utils.get_total_norm(gradients)
-            if norm > args.max_grad_norm:
-                torch.nn.utils.clip_grads_with_norm_(shared_parameters, args.max_grad_norm, norm)
-            optimizer.step()
-            steps_made[rank] += T
+            if (loss + norm).isfinite():
+                hand_over_gradients(gradients, shared_parameters)
+                if norm > args.max_grad_norm:
+                    torch.nn.utils.clip_grads_with_norm_(shared_parameters, args.max_grad_norm, norm)
+                if args.lr_schedule == "linear":
+                    optimizer.param_groups[0]["lr"] = args.lr * max(0.0, 1 - steps.sum() / args.max_steps)
+                optimizer.step()
+            else:
+                shared.dropped[rank] += 1
+            steps[rank] += T
 
             if terminated or truncated:
                 observation, _ = env.reset()

@@ -30,29 +30,30 @@ import envs
 import main
 import test
 import train
+from checkpoint import RunState
 from envs import create_atari_env
 from model import ActorCritic
 from my_optim import SharedAdam
 from workers import ENVIRONMENT, num_cores
 
 
-def play_game(rank, args, shared_model, optimizer, steps, ready, run_folder):
+def play_game(rank, args, shared, run_folder, life):
     """The game alone: emulator and preprocessing, random actions, no network."""
     env, rng = create_atari_env(args.env_name), random.Random(rank)
     env.reset(seed=rank)
-    ready[rank] = True
+    shared.ready[rank] = True
     while True:
         for _ in range(20):
             _, _, terminated, truncated, _ = env.step(rng.randrange(env.action_space.n))
             if terminated or truncated:
                 env.reset()
-        steps[rank] += 20
+        shared.steps[rank] += 20
 
 
 PHASES = ("emulator", "preprocessing", "acting", "learning", "update", "waiting")
 
 
-def train_timed(rank, args, shared_model, optimizer, steps, ready, run_folder, times):
+def train_timed(rank, args, shared, run_folder, life, times):
     """Our worker, its parts timed: adds up the seconds of each of PHASES in `times`, (num_processes, len(PHASES))."""
     seconds = times[rank].numpy()
 
@@ -88,7 +89,7 @@ def train_timed(rank, args, shared_model, optimizer, steps, ready, run_folder, t
     time_calls(torch, "_foreach_copy_", "update")
     time_calls(train.CoreTurn, "__enter__", "waiting")
     time_calls(train.CoreTurn, "__exit__", "waiting")
-    train.train(rank, args, shared_model, optimizer, steps, ready, run_folder)
+    train.train(rank, args, shared, run_folder, life)
 
 
 class Cell:
@@ -98,23 +99,19 @@ class Cell:
         self.program, self.num_processes, self.rates = program, num_processes, []
         self.folder = Path(tempfile.mkdtemp())
         args = main.parse_args(["--env-name", env_name, "--num-processes", str(num_processes), "--record-every", "0"])
-        create_model, create_optimizer = ActorCritic, SharedAdam
+        num_actions = create_atari_env(env_name).action_space.n
+        self.shared = RunState(args, 1, num_actions)
         if program == "textbook":
-            create_model, create_optimizer = textbook.create_model, textbook.PlainAdam
-        shared_model = create_model(1, create_atari_env(env_name).action_space.n).share_memory()
-        optimizer = create_optimizer(shared_model.parameters(), args.lr)
-        self.steps = torch.zeros(num_processes, dtype=torch.int64).share_memory_()
-        self.ready = torch.zeros(num_processes + 1, dtype=torch.bool).share_memory_()
+            self.shared.model = textbook.create_model(1, num_actions).share_memory()
+            self.shared.optimizers = [textbook.PlainAdam(self.shared.model.parameters(), args.lr)]
         self.times = torch.zeros(num_processes, len(PHASES), dtype=torch.float64).share_memory_()
         worker = {"game": play_game, "textbook": textbook.train, "ours": train.train, "timed": train_timed}[program]
-        worker_args = [args, shared_model, optimizer, self.steps, self.ready, self.folder]
+        worker_args = [args, self.shared, self.folder, 0]
         if program == "timed":
             worker_args.append(self.times)
         self.processes = [mp.Process(target=worker, args=(rank, *worker_args)) for rank in range(num_processes)]
-        if program == "game":
-            self.ready[-1] = True
-        else:
-            evaluator_args = (args, shared_model, self.steps, self.ready, time.time(), self.folder)
+        if program != "game":
+            evaluator_args = (args, self.shared, time.time(), self.folder, 0)
             self.processes.append(mp.Process(target=silent_evaluator, args=evaluator_args))
 
     def start(self) -> None:
@@ -123,7 +120,7 @@ class Cell:
         os.environ |= {"OMP_NUM_THREADS": "1"} if self.program == "textbook" else ENVIRONMENT
         for process in self.processes:
             process.start()
-        while not self.steps.all():  # the first rollout imports and allocates
+        while not self.shared.steps.all():  # the first rollout imports and allocates
             time.sleep(0.1)
         self.signal(signal.SIGSTOP)
 
@@ -134,9 +131,9 @@ class Cell:
     def measure(self, seconds: float) -> None:
         self.signal(signal.SIGCONT)
         time.sleep(min(2.0, seconds / 5))  # caches, first rollouts
-        before, times_before, start = self.steps.sum().item(), self.times.sum(dim=0), time.perf_counter()
+        before, times_before, start = self.shared.steps.sum().item(), self.times.sum(dim=0), time.perf_counter()
         time.sleep(seconds)
-        steps, elapsed = self.steps.sum().item() - before, time.perf_counter() - start
+        steps, elapsed = self.shared.steps.sum().item() - before, time.perf_counter() - start
         self.rates.append(steps / elapsed)
         times = (self.times.sum(dim=0) - times_before).tolist()
         rest = self.num_processes * elapsed - sum(times)

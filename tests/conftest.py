@@ -1,3 +1,73 @@
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
 import torch
 
-torch.set_num_threads(1)  # as in the workers
+ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)
+
+
+class Run:
+    """main.py in a process group of its own, its console in files."""
+
+    def __init__(self, folder, argv):
+        self.folder, self.stdout, self.stderr = folder, folder.with_suffix(".out"), folder.with_suffix(".err")
+        command = [sys.executable, ROOT / "main.py", *argv]
+        with open(self.stdout, "w") as out, open(self.stderr, "w") as err:
+            self.process = subprocess.Popen(command, start_new_session=True, stdout=out, stderr=err)
+
+    def lines(self):
+        """Return steps, reward and length of each test episode so far, as the console tells them."""
+        pattern = (
+            r"Time \d\dh \d\dm \d\ds, num steps (\d+), FPS \d+, episode reward (-?\d+\.\d), episode length (\d+)\n"
+        )
+        return [(int(s), float(r), int(n)) for s, r, n in re.findall(pattern, self.stdout.read_text())]
+
+    def wait_for(self, condition, seconds=60):
+        """Wait until `condition` returns something true, and return it."""
+        deadline = time.monotonic() + seconds
+        while not (result := condition()):
+            assert self.process.poll() is None, f"the run ended: {self.stderr.read_text()}"
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.02)
+        return result
+
+    def children(self):
+        """Return the process ids of training and test processes, and of other children such as ffmpeg, in two lists."""
+        table = subprocess.run(["ps", "-Aww", "-o", "pid=,pgid=,stat=,args="], capture_output=True, text=True).stdout
+        rows = [row.split(maxsplit=3) for row in table.splitlines()]
+        rows = [row for row in rows if int(row[1]) == self.process.pid != int(row[0]) and "Z" not in row[2]]
+        workers = [int(pid) for pid, _, _, command in rows if "spawn_main" in command]
+        return workers, [int(pid) for pid, *_ in rows if int(pid) not in workers]
+
+    def stop(self, number, to_all=True):
+        """Send a signal, as a terminal does to the whole group; return the exit status and the seconds it took."""
+        start = time.monotonic()
+        (os.killpg if to_all else os.kill)(self.process.pid, number)
+        status = self.process.wait(timeout=30)
+        return status, time.monotonic() - start
+
+
+@pytest.fixture
+def start_main(tmp_path):
+    """Start main.py, writing to a folder below tmp_path; nothing of it outlives the test, also where that fails."""
+    runs = []
+
+    def start(*argv, folder=None):
+        folder = folder or tmp_path / f"run{len(runs)}"
+        argv = ["--env-name", "PongDeterministic-v4", *argv] if "--resume" not in argv else argv
+        runs.append(Run(folder, argv if "--resume" in argv else [*argv, "--save-dir", str(folder)]))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait()

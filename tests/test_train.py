@@ -1,3 +1,4 @@
+import itertools
 from types import SimpleNamespace
 
 import gym
@@ -8,13 +9,14 @@ from gym import spaces
 
 import main
 import train
+from checkpoint import RunState
 from model import ActorCritic
 from my_optim import SharedAdam
 from train import a3c_loss, discounted_returns, generalized_advantages
 
 
 def options(**changes):
-    args = main.parse_args(["--env-name", "PongDeterministic-v4", "--max-steps", "60"])
+    args = main.parse_args(["--env-name", "PongDeterministic-v4", "--num-processes", "1", "--max-steps", "60"])
     return SimpleNamespace(**vars(args) | changes)
 
 
@@ -88,12 +90,13 @@ class ShortGame(gym.Env):
         return np.random.default_rng(self.num_steps).standard_normal((1, 42, 42), dtype=np.float32)
 
 
-def train_here(args, shared_model, optimizer, run_folder):
-    """Train in this process, as worker 0 of one; return the number of steps."""
-    steps, ready = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
-    train.train(0, args, shared_model, optimizer, steps, ready, run_folder)
-    assert ready[0]
-    return steps.item()
+def train_here(args, run_folder, shared=None):
+    """Train in this process, as worker 0 of one; return the run's state."""
+    torch.manual_seed(0)
+    shared = shared or RunState(args, 1, 6)
+    train.train(0, args, shared, run_folder, 0)
+    assert shared.ready[0]
+    return shared
 
 
 def losses_of(monkeypatch, args, run_folder):
@@ -105,10 +108,8 @@ def losses_of(monkeypatch, args, run_folder):
         return a3c_loss(logits, values, actions, rewards, bootstrap, args)
 
     monkeypatch.setattr(train, "a3c_loss", recorded)
-    torch.manual_seed(0)
-    shared_model = ActorCritic(1, 6).share_memory()
-    num_steps = train_here(args, shared_model, SharedAdam(shared_model.parameters()), run_folder)
-    assert num_steps == sum(len(call.rewards) for call in calls)
+    shared = train_here(args, run_folder)
+    assert shared.steps.item() == sum(len(call.rewards) for call in calls)
     return calls
 
 
@@ -158,15 +159,15 @@ def test_three_updates_hand_over_three_gradients_of_their_own(monkeypatch, tmp_p
 
     monkeypatch.setattr(train, "ActorCritic", recorded_model)
     monkeypatch.setattr(train, "a3c_loss", recorded_loss)
-    shared_model = ActorCritic(1, 6).share_memory()
-    before = [p.clone() for p in shared_model.parameters()]
-    optimizer = RecordedAdam(shared_model.parameters())
-    train_here(options(), shared_model, optimizer, tmp_path)
+    shared = RunState(options(), 1, 6)
+    before = [p.clone() for p in shared.model.parameters()]
+    shared.optimizers = [RecordedAdam(shared.model.parameters())]
+    train_here(options(), tmp_path, shared)
     assert len(received) == len(expected) == 3
     for gradients, expected_gradients in zip(received, expected, strict=True):
         torch.testing.assert_close(gradients, list(expected_gradients))
     assert not torch.equal(received[0][0], received[1][0])
-    assert all((p != q).any() for p, q in zip(shared_model.parameters(), before, strict=True))
+    assert all((p != q).any() for p, q in zip(shared.model.parameters(), before, strict=True))
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path):
@@ -176,12 +177,13 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
         def step(self):
             norms.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]).norm().item())
 
-    shared_model = ActorCritic(1, 6).share_memory()
     args = options(max_grad_norm=1e-4)
-    train_here(args, shared_model, RecordedAdam(shared_model.parameters()), tmp_path)
+    shared = RunState(args, 1, 6)
+    shared.optimizers = [RecordedAdam(shared.model.parameters())]
+    train_here(args, tmp_path, shared)
     assert norms == pytest.approx([1e-4] * 3, rel=0.02)
 
 
 def test_every_process_draws_from_a_seed_of_its_own():
-    seeds = {train.worker_seed(seed, rank) for seed in range(20) for rank in range(17)}
-    assert len(seeds) == 20 * 17
+    seeds = {train.worker_seed(*numbers) for numbers in itertools.product(range(20), range(17), range(3))}
+    assert len(seeds) == 20 * 17 * 3

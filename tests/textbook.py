@@ -96,18 +96,19 @@ def rollout_gradient(model, observations, state, actions, rewards, terminated, a
     return torch.autograd.grad(loss, list(model.parameters()))
 
 
-def train(rank, args, shared_model, optimizer, steps, ready, run_folder):
+def train(rank, args, shared, run_folder, life):
     torch.set_num_threads(1)
-    seed = worker_seed(args.seed, rank)
+    seed = worker_seed(args.seed, rank, life)
+    optimizer = shared.optimizer(rank)
     torch.manual_seed(seed)
     env = create_env(args.env_name)
     model = create_model(env.observation_space.shape[0], env.action_space.n)
     observation, _ = env.reset(seed=seed)
     state, episode_length = model.initial_state(), 0
-    ready[rank] = True
+    shared.ready[rank] = True
 
     while True:
-        model.load_state_dict(shared_model.state_dict())
+        model.load_state_dict(shared.model.state_dict())
         state = tuple(s.detach() for s in state)
         values, chosen, entropies, rewards = [], [], [], []
         for _ in range(args.num_steps):
@@ -129,10 +130,10 @@ def train(rank, args, shared_model, optimizer, steps, ready, run_folder):
         model.zero_grad()
         loss_of(values, chosen, entropies, rewards, bootstrap, args).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        for parameter, shared_parameter in zip(model.parameters(), shared_model.parameters(), strict=True):
+        for parameter, shared_parameter in zip(model.parameters(), shared.model.parameters(), strict=True):
             shared_parameter.grad = parameter.grad
         optimizer.step()
-        steps[rank] += len(rewards)
+        shared.steps[rank] += len(rewards)
 
         if terminated or truncated:
             observation, _ = env.reset()
