@@ -76,7 +76,7 @@ class RunState:
         self.episodes += 1
 
     def save(self, run_folder: Path, args: argparse.Namespace, elapsed: float) -> None:
-        """Write checkpoint.pt; raise `OSError` if that fails, the previous one being whole."""
+        """Write checkpoint.pt; if that fails, say so, the previous one being whole."""
         contents = {
             "model": self.model.state_dict(),
             "moments": [list(optimizer.state.values()) for optimizer in self.optimizers],
@@ -86,7 +86,8 @@ class RunState:
             "options": {name: v for name, v in vars(args).items() if name not in ("resume", "save_dir")},
             "versions": VERSIONS,
         }
-        write(dump(contents), run_folder / "checkpoint.pt")
+        path = run_folder / "checkpoint.pt"
+        attempt(path, write, dump(contents), path)
 
     def restore(self, contents: dict[str, Any]) -> None:
         """Go on from a checkpoint's contents; raise `ValueError` if they do not fit."""
@@ -105,7 +106,7 @@ class RunState:
             raise ValueError(f"not a checkpoint of this network ({type(error).__name__})") from error
 
     def save_if_best(self, run_folder: Path, args: argparse.Namespace, model: ActorCritic) -> None:
-        """Write best.pt if `model`, whose episode was the last one, has the best mean reward; raise `OSError`.
+        """Write best.pt if `model`, whose episode was the last one, has the best mean reward.
 
         A mean over more episodes beats one over fewer: until WINDOW have been played, the latest is the best.
         """
@@ -121,8 +122,8 @@ class RunState:
             "episodes": num,
             "versions": VERSIONS,
         }
-        write(dump(contents), run_folder / "best.pt")
         self.best[:] = torch.tensor([num, mean])
+        attempt(run_folder / "best.pt", write, dump(contents), run_folder / "best.pt")
 
 
 def copy_exactly(source: Tensor, target: Tensor) -> None:
@@ -160,10 +161,10 @@ def read(path: Path) -> dict[str, Any]:
         contents = torch.load(path, weights_only=True) if intact else None
     except OSError:
         raise
-    except Exception as error:  # there is no end to what a damaged or hostile file may raise
-        raise ValueError(f"{path} is damaged, or not one of this program's files") from error
+    except Exception:  # there is no end to what a damaged or hostile file may raise
+        contents = None
     if not isinstance(contents, dict):
-        raise ValueError(f"{path} is not one of this program's files")
+        raise ValueError(f"{path} is damaged, or not one of this program's files")
     return contents
 
 
@@ -175,7 +176,7 @@ class EpisodeLog:
     def __init__(self, run_folder: Path, num_episodes: int) -> None:
         """Go on after `num_episodes`: later rows, from after the checkpoint, and cut ones move to episodes.csv.bak."""
         self.path, self.waiting = run_folder / "episodes.csv", []
-        attempt(self._go_on_after, num_episodes)
+        attempt(self.path, self._go_on_after, num_episodes)
 
     def _go_on_after(self, num_episodes: int) -> None:
         kept, later = [], []
@@ -190,12 +191,15 @@ class EpisodeLog:
         write((self.HEADER + "".join(kept)).encode(), self.path)
 
     def append(self, *fields: object) -> None:
-        """Write a row; raise `OSError` if that fails, the rows before it being whole."""
+        """Write a row; if that fails, say so, the rows before it being whole."""
         self.waiting.append(",".join(map(str, fields)) + "\n")
+        attempt(self.path, self._write_waiting)
+
+    def _write_waiting(self) -> None:
         rows = "".join(self.waiting).encode()
         with open(self.path, "ab", buffering=0) as file:
             end = file.tell()
             if file.write(rows) < len(rows):  # the disk is full
                 file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.waiting.clear()

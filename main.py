@@ -112,7 +112,7 @@ def load_run(args: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namesp
 
 
 def make_run_folder(args: argparse.Namespace) -> Path:
-    """Make the folder that a new run writes to; raise `OSError` if that cannot be done."""
+    """Make the folder that a new run writes to; raise `OSError`, or `ValueError` if it is another run's."""
     if args.save_dir is None:
         for k in itertools.count(1):
             folder = Path("runs", f"{args.env_name.replace('/', '-')}-{k}")
@@ -121,7 +121,7 @@ def make_run_folder(args: argparse.Namespace) -> Path:
                 return folder
     args.save_dir.mkdir(parents=True, exist_ok=True)
     if any((args.save_dir / name).exists() for name in ("options.json", "episodes.csv", "checkpoint.pt", "videos")):
-        raise FileExistsError(f"{args.save_dir} already holds a run: name another folder, or --resume it")
+        raise ValueError(f"{args.save_dir} already holds a run: name another folder, or --resume it")
     return args.save_dir
 
 
@@ -136,8 +136,7 @@ class Watch:
     def save(self) -> None:
         """Write the checkpoint."""
         self.saved = time.time()
-        elapsed = self.state.elapsed + self.saved - self.started
-        workers.attempt(self.state.save, self.run_folder, self.args, elapsed)
+        self.state.save(self.run_folder, self.args, self.state.elapsed + self.saved - self.started)
 
     def tick(self) -> None:
         """Do what is due."""
@@ -173,8 +172,11 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"the run has made its {args.max_steps} steps: name a higher --max-steps")
             if state.target_reached(args.target_reward):
                 raise ValueError(f"the run has reached its {args.target_reward}: name a higher --target-reward")
+        (run_folder / "videos").mkdir(exist_ok=True)
         (run_folder / "options.json").write_text(json.dumps(vars(args), indent=2, default=str))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        fail(f"cannot write the run: {error}")
+    except ValueError as error:
         fail(str(error))
 
     until = f"to {args.max_steps} steps" if args.max_steps else "until stopped"

@@ -13,15 +13,14 @@ from typing import Self
 
 import cv2
 import gym
-import numpy as np
 import torch
-from imageio_ffmpeg import write_frames
+from imageio_ffmpeg import count_frames_and_secs, write_frames
 
 from checkpoint import EpisodeLog, RunState
 from envs import create_atari_env
 from model import ActorCritic
 from train import worker_seed
-from workers import FINISH, STOP, CoreTurn, attempt, complain, say
+from workers import FINISH, STOP, CoreTurn, complain, say
 
 STEPS_A_TURN = 20  # as many as a training worker's turn has by default
 
@@ -48,20 +47,20 @@ class Video:
             output_params=["-preset", "veryfast", "-threads", "1"],  # the cores belong to the workers
         )
         self._path = path
-        self._send(None)
+        self._try(self._writer.send, None)
 
-    def _send(self, frame: np.ndarray | None) -> None:
+    def _try(self, function: Callable, *args: object) -> None:
         try:
-            self._path.parent.mkdir(exist_ok=True)
-            self._writer.send(frame)
+            function(*args)
         except (OSError, RuntimeError) as error:
-            complain(f"no video {self._path}: {error}")
+            complain(f"{self._path} not written: {str(error).splitlines()[0]}")
             self._writer = None
 
     def add_frame(self) -> None:
         """Append the screen, its pixels kept sharp."""
         if self._writer:
-            self._send(cv2.resize(self._env.render(), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST))
+            screen = cv2.resize(self._env.render(), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
+            self._try(self._writer.send, screen)
 
     def __enter__(self) -> Self:
         return self
@@ -69,6 +68,7 @@ class Video:
     def __exit__(self, *_: object) -> None:
         if self._writer:
             self._writer.close()
+            self._try(count_frames_and_secs, self._path)  # ffmpeg keeps it to itself if it cannot write
 
 
 def play_episode(
@@ -138,9 +138,9 @@ def evaluate(args: argparse.Namespace, shared: RunState, start_time: float, run_
             f"Time {minutes // 60:02d}h {minutes % 60:02d}m {seconds:02d}s, num steps {num_steps}, FPS {fps:.0f}, "
             f"episode reward {reward:.1f}, episode length {length}"
         )
-        attempt(log.append, episode, f"{elapsed:.1f}", num_steps, f"{fps:.0f}", reward, length)
+        log.append(episode, f"{elapsed:.1f}", num_steps, f"{fps:.0f}", reward, length)
         shared.count_episode(reward, (env.mean, env.std, env.num_frames))
-        attempt(shared.save_if_best, run_folder, args, model)
+        shared.save_if_best(run_folder, args, model)
         if shared.target_reached(args.target_reward):
             shared.stop.clamp_(min=FINISH)
         finished = shared.stop[0] >= FINISH or (args.max_steps is not None and num_steps >= args.max_steps)

@@ -47,12 +47,12 @@ def complain(message: object) -> None:
     say("main.py: " + " ".join(str(message).split()), sys.stderr)
 
 
-def attempt(write: Callable[..., None], *args: object) -> None:
-    """Call what writes to disk; if that fails, say so and go on."""
+def attempt(path: Path, write: Callable[..., Any], *args: object) -> None:
+    """Call what writes to `path`; if that fails, as on a full disk, say so and go on."""
     try:
         write(*args)
     except OSError as error:
-        complain(error)
+        complain(f"{path} not written: {error.strerror or error}")
 
 
 def hold_signals() -> None:
@@ -82,13 +82,13 @@ def watch_main_process() -> None:
 
 
 def lock(run_folder: Path) -> None:
-    """Claim the folder for the rest of this process's life; raise `OSError` if another process has it."""
+    """Claim the folder for the rest of this process's life; raise `ValueError` if another process has it."""
     file = os.open(run_folder / ".turns", os.O_RDWR | os.O_CREAT, 0o666)
     if fcntl:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
         except OSError:
-            raise OSError(f"{run_folder} is in use by a run that goes on") from None
+            raise ValueError(f"{run_folder} is in use by a run that goes on") from None
 
 
 def num_cores() -> int:
@@ -145,7 +145,7 @@ def run_job(job: Job, life: int, traceback_file: Path) -> None:
         job.target(*job.args, life)
     except Exception:
         status = 1
-        attempt(traceback_file.write_text, traceback.format_exc())
+        attempt(traceback_file, traceback_file.write_text, traceback.format_exc())
     os._exit(status)  # taking an interpreter with torch down in good order costs a second of a busy core
 
 

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,26 +16,56 @@ torch.set_num_threads(1)
 
 
 class Run:
-    """main.py in a process group of its own, its console in files."""
+    """main.py in a process group of its own, and what it says."""
 
     def __init__(self, folder, argv):
-        self.folder, self.stdout, self.stderr = folder, folder.with_suffix(".out"), folder.with_suffix(".err")
+        self.folder = folder
         command = [sys.executable, ROOT / "main.py", *argv]
-        with open(self.stdout, "w") as out, open(self.stderr, "w") as err:
-            self.process = subprocess.Popen(command, start_new_session=True, stdout=out, stderr=err)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, start_new_session=True, **pipes)
+        self._said = {pipe: [] for pipe in (self.process.stdout, self.process.stderr)}
+        self._readers = [
+            threading.Thread(target=lines.extend, args=(iter(pipe),)) for pipe, lines in self._said.items()
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _all_said(self, pipe):
+        if self.process.poll() is not None:
+            for reader in self._readers:
+                reader.join(timeout=5)
+        return "".join(self._said[pipe])
+
+    @property
+    def out(self):
+        return self._all_said(self.process.stdout)
+
+    @property
+    def err(self):
+        return self._all_said(self.process.stderr)
+
+    def close(self):
+        """End all of it, however it stands."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for reader in self._readers:
+            reader.join()
+        self.process.stdout.close()
+        self.process.stderr.close()
 
     def lines(self):
         """Return steps, reward and length of each test episode so far, as the console tells them."""
         pattern = (
             r"Time \d\dh \d\dm \d\ds, num steps (\d+), FPS \d+, episode reward (-?\d+\.\d), episode length (\d+)\n"
         )
-        return [(int(s), float(r), int(n)) for s, r, n in re.findall(pattern, self.stdout.read_text())]
+        return [(int(s), float(r), int(n)) for s, r, n in re.findall(pattern, self.out)]
 
     def wait_for(self, condition, seconds=60):
         """Wait until `condition` returns something true, and return it."""
         deadline = time.monotonic() + seconds
         while not (result := condition()):
-            assert self.process.poll() is None, f"the run ended: {self.stderr.read_text()}"
+            assert self.process.poll() is None, f"the run ended: {self.err}"
             assert time.monotonic() < deadline, "it did not happen"
             time.sleep(0.02)
         return result
@@ -68,6 +99,4 @@ def start_main(tmp_path):
 
     yield start
     for run in runs:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(run.process.pid, signal.SIGKILL)
-        run.process.wait()
+        run.close()

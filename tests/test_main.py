@@ -133,7 +133,7 @@ def test_a_video_has_a_picture_for_every_step_and_the_games_speed(tmp_path):
     env = create_atari_env("PongDeterministic-v4", render_mode="rgb_array")
     torch.manual_seed(0)
     model = ActorCritic(1, 6)
-    path = tmp_path / "videos" / "game.mp4"
+    path = tmp_path / "game.mp4"
     _, length = evaluator.play_episode(env, model, random.Random(0), max_length=70, video=path)
     assert length == 70
     frames, seconds = count_frames_and_secs(path)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,8 +53,8 @@ def test_a_signal_during_a_recording_ends_the_run_in_good_order(start_main, numb
     assert status == 128 + number
     assert seconds < 5
     assert gone([*children[0], *children[1]], within=5 - seconds)
-    assert run.stderr.read_text() == ""
-    last = run.stdout.read_text().splitlines()[-1]
+    assert run.err == ""
+    last = run.out.splitlines()[-1]
     assert last.startswith(f"Stopped by {number.name} after ")
     assert last.endswith(goes_on_with(run.folder))
     assert count_frames_and_secs(video)[0] > 20
@@ -70,8 +71,8 @@ def test_a_signal_before_the_first_step_ends_the_run_in_good_order(start_main, m
     status, seconds = run.stop(signal.SIGINT)
     assert status == 130
     assert seconds < 5
-    assert run.stderr.read_text() == ""
-    assert goes_on_with(run.folder) in run.stdout.read_text()
+    assert run.err == ""
+    assert goes_on_with(run.folder) in run.out
     assert not run.children()[0]
 
 
@@ -112,33 +113,30 @@ def test_no_orphan_outlives_a_killed_main_process(start_main, moment):
 
 
 def test_a_killed_process_is_reported_and_started_anew_and_the_run_goes_on(start_main):
-    argv = ["--num-processes", "2", "--record-every", "0", "--max-episode-length", "200", "--max-steps", "8000"]
-    run = start_main(*argv)
+    run = start_main("--num-processes", "2", "--record-every", "0", "--max-episode-length", "200")
     run.wait_for(lambda: len(run.lines()) > 2 and len(run.children()[0]) == 3)
-    for _ in range(3):
-        before = run.children()[0]
-        victim, reports = before[-1], run.stderr.read_text().count("\n")  # the one that started last
+    time.sleep(3)  # the last one imports
+    victims = run.children()[0][:2]  # in the order of their start
+    for reports, victim in enumerate(victims):
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
-        run.wait_for(lambda reports=reports: run.stderr.read_text().count("\n") > reports)
+        run.wait_for(lambda reports=reports: run.err.count("\n") > reports)
         assert time.monotonic() - killed < 2
         run.wait_for(lambda: len(run.children()[0]) == 3)
-        time.sleep(4)
-    assert run.process.wait(timeout=60) == 0
-    reports = run.stderr.read_text().splitlines()
-    assert len(reports) == 3
-    for report in reports:
-        assert "process" in report
-        assert report.endswith("died: signal 9, Killed; is started anew")
-    table = rows(run.folder)
+        before = len(run.lines())
+        run.wait_for(lambda before=before: len(run.lines()) > before + 2)
+    assert run.stop(signal.SIGINT)[0] == 130
+    assert run.err.splitlines() == [
+        "main.py: training process 0 died: signal 9, Killed; is started anew",
+        "main.py: test process died: signal 9, Killed; is started anew",
+    ]
+    table, contents = rows(run.folder), read(run.folder / "checkpoint.pt")
     assert [int(row["episode"]) for row in table] == list(range(len(table)))
     steps = [int(row["num_steps"]) for row in table]
-    assert steps == sorted(steps)
-    assert 8000 <= steps[-1] <= 8040
-    assert len(table) == len(run.lines())
-    contents = read(run.folder / "checkpoint.pt")
-    assert contents["episodes"] == len(table)
-    assert contents["life"] == 3
+    assert steps == sorted(set(steps))
+    assert len(table) == len(run.lines()) == contents["episodes"]
+    assert contents["steps"] >= steps[-1]
+    assert contents["life"] == 2
 
 
 def test_a_resumed_run_goes_on_where_it_stopped(start_main):
@@ -155,15 +153,15 @@ def test_a_resumed_run_goes_on_where_it_stopped(start_main):
     second.wait_for(second.lines)
     intruder = start_main("--resume", str(first.folder), folder=first.folder.with_name("intruder"))
     assert intruder.process.wait(timeout=30) == 2
-    assert "is in use by a run that goes on" in intruder.stderr.read_text()
+    assert "is in use by a run that goes on" in intruder.err
     assert second.process.wait(timeout=60) == 0
-    assert second.stderr.read_text() == ""
+    assert second.err == ""
 
     resumed, contents = rows(first.folder), read(first.folder / "checkpoint.pt")
     assert resumed[: len(table)] == table
     assert [int(row["episode"]) for row in resumed] == list(range(len(resumed)))
     assert len(resumed) > len(table)
-    assert int(resumed[len(table)]["num_steps"]) > int(table[-1]["num_steps"])
+    assert int(resumed[len(table)]["num_steps"]) >= int(table[-1]["num_steps"])
     assert float(resumed[len(table)]["time_s"]) > float(table[-1]["time_s"])
     assert 3000 <= contents["steps"] < 3020
     assert contents["elapsed"] > checkpoint["elapsed"]
@@ -181,7 +179,7 @@ def test_max_time_ends_a_run(start_main):
     start = time.monotonic()
     assert run.process.wait(timeout=60) == 0
     assert 8 < time.monotonic() - start < 16
-    assert run.stdout.read_text().splitlines()[-1].startswith("Done after ")
+    assert run.out.splitlines()[-1].startswith("Done after ")
 
 
 def test_target_reward_ends_a_run(start_main):
@@ -210,10 +208,12 @@ def test_a_full_disk_costs_a_line_each_and_not_the_run(start_main):
 
     before = len(run.lines())
     run.wait_for(lambda: len(run.lines()) > before + 7)
-    complaints = run.stderr.read_text()
-    assert "File too large: '" in complaints
-    for name in "checkpoint.pt.new", "episodes.csv", "best.pt.new", ".mp4":
-        assert name in complaints, name
+    complaints = run.err
+    for name in "checkpoint.pt", "best.pt", "episodes.csv":
+        assert re.search(rf"main.py: \S+/{name} not written: (File too large|No space left on device)\n", complaints), (
+            name
+        )
+    assert re.search(r"main.py: \S+/rl-video-episode-\d+.mp4 not written: ", complaints)
     assert all(line.startswith("main.py: ") for line in complaints.splitlines())
     assert (run.folder / "checkpoint.pt").read_bytes() == checkpoint
     assert not list(run.folder.glob("*.new"))

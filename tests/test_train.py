@@ -184,6 +184,42 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
     assert norms == pytest.approx([1e-4] * 3, rel=0.02)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_rollout_whose_loss_is_not_finite_is_dropped_and_counted(bad, monkeypatch, tmp_path):
+    losses = itertools.cycle([1.0, bad])
+    monkeypatch.setattr(train, "a3c_loss", lambda *inputs: next(losses) * a3c_loss(*inputs))
+    shared = train_here(options(max_steps=200), tmp_path)
+    assert shared.dropped.item() == 5
+    assert shared.steps.item() == 200
+    assert shared.optimizers[0].state[next(shared.model.parameters())]["step"] == 5
+    assert all(p.isfinite().all() for p in shared.model.parameters())
+
+
+def test_a_rollout_whose_gradient_is_not_finite_is_dropped(monkeypatch, tmp_path):
+    def steep(logits, *inputs):
+        return a3c_loss(logits, *inputs) + (logits - logits.detach()).abs().sqrt().sum()  # finite; its slope is not
+
+    monkeypatch.setattr(train, "a3c_loss", steep)
+    shared = train_here(options(), tmp_path)
+    assert shared.dropped.item() == 3
+    assert shared.optimizers[0].state[next(shared.model.parameters())]["step"] == 0
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("constant", [1.0] * 5), ("linear", [1.0, 0.8, 0.6, 0.4, 0.2])])
+def test_the_learning_rate_follows_its_schedule(schedule, expected, tmp_path):
+    rates = []
+
+    class RecordedAdam(SharedAdam):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+
+    args = options(max_steps=100, lr=0.01, lr_schedule=schedule)
+    shared = RunState(args, 1, 6)
+    shared.optimizers = [RecordedAdam(shared.model.parameters(), lr=args.lr)]
+    train_here(args, tmp_path, shared)
+    assert rates == pytest.approx([0.01 * factor for factor in expected])
+
+
 def test_every_process_draws_from_a_seed_of_its_own():
     seeds = {train.worker_seed(*numbers) for numbers in itertools.product(range(20), range(17), range(3))}
     assert len(seeds) == 20 * 17 * 3
