@@ -1,17 +1,13 @@
 """What a run is: in shared memory while it goes on, in checkpoint.pt between its sittings, in best.pt for everybody."""
 
 import argparse
-import errno
 import io
 import os
-import platform
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import ale_py
-import gym
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,13 +18,7 @@ from workers import attempt
 WINDOW = 100  # test episodes that the mean reward is taken over
 KEPT = ("life", "episodes", "rewards", "observation_statistics", "best")  # see RunState; saved as they are
 
-VERSIONS = {
-    "python": platform.python_version(),
-    "torch": str(torch.__version__),  # its own type is none that weights_only would load
-    "gym": gym.__version__,
-    "ale_py": ale_py.__version__,
-    "numpy": np.__version__,
-}
+VERSIONS = {name: version(name) for name in ("torch", "gym", "ale-py", "numpy")}
 
 
 class RunState:
@@ -169,37 +159,20 @@ def read(path: Path) -> dict[str, Any]:
 
 
 class EpisodeLog:
-    """episodes.csv, a row for each test episode; what cannot be written waits for the next row."""
+    """episodes.csv, a row for each test episode; written anew for each, so that it is whole at any moment."""
 
-    HEADER = "episode,time_s,num_steps,fps,reward,length\n"
+    HEADER = "episode,time_s,num_steps,fps,reward,length"
 
     def __init__(self, run_folder: Path, num_episodes: int) -> None:
-        """Go on after `num_episodes`: later rows, from after the checkpoint, and cut ones move to episodes.csv.bak."""
-        self.path, self.waiting = run_folder / "episodes.csv", []
-        attempt(self.path, self._go_on_after, num_episodes)
-
-    def _go_on_after(self, num_episodes: int) -> None:
-        kept, later = [], []
-        rows = self.path.read_text().splitlines(keepends=True)[1:] if self.path.exists() else []
-        for row in rows:
-            episode = row.split(",")[0]
-            whole_and_known = row.endswith("\n") and episode.isdigit() and int(episode) < num_episodes
-            (kept if whole_and_known else later).append(row)
+        """Go on after `num_episodes`; later rows, from after the checkpoint, move to episodes.csv.bak."""
+        self.path = run_folder / "episodes.csv"
+        rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
+        self.rows, later = rows[:num_episodes], rows[num_episodes:]
         if later:
-            with open(self.path.with_suffix(".csv.bak"), "a") as backup:
-                backup.writelines(row.rstrip("\n") + "\n" for row in later)
-        write((self.HEADER + "".join(kept)).encode(), self.path)
+            with open(run_folder / "episodes.csv.bak", "a") as backup:
+                backup.writelines(row + "\n" for row in later)
 
     def append(self, *fields: object) -> None:
-        """Write a row; if that fails, say so, the rows before it being whole."""
-        self.waiting.append(",".join(map(str, fields)) + "\n")
-        attempt(self.path, self._write_waiting)
-
-    def _write_waiting(self) -> None:
-        rows = "".join(self.waiting).encode()
-        with open(self.path, "ab", buffering=0) as file:
-            end = file.tell()
-            if file.write(rows) < len(rows):  # the disk is full
-                file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.waiting.clear()
+        """Add a row; if it cannot be written, say so: it will be with the next one."""
+        self.rows.append(",".join(map(str, fields)))
+        attempt(self.path, write, "\n".join([self.HEADER, *self.rows, ""]).encode(), self.path)

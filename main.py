@@ -1,7 +1,4 @@
-"""A3C on Atari: training processes and one test process around a shared actor-critic and a shared Adam.
-
-python main.py --env-name Pong-v0 --num-processes 16
-"""
+"""A3C on Atari: training processes and one test process around a shared actor-critic and a shared Adam."""
 
 import argparse
 import contextlib
@@ -26,7 +23,7 @@ elif __name__ == "__mp_main__":  # a spawned process
 
 import torch
 
-from checkpoint import RunState, read
+from checkpoint import RunState, read, write
 from envs import create_atari_env, find_game
 from test import evaluate
 from train import train
@@ -58,7 +55,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (or `argv`); exit with status 2 and one line if something is wrong with it."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser("main.py", description=__doc__.splitlines()[0], formatter_class=formatter)
+    parser = argparse.ArgumentParser("main.py", description=__doc__, formatter_class=formatter)
     parser.error = fail  # one line, without the usage
     run = parser.add_argument_group("the run")
     run.add_argument("--env-name", default="Pong-v0", help="Atari game, as in Pong-v0 or ALE/Pong-v5")
@@ -74,8 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--record-every", type=number(int, 0), default=100, help="test episodes to a video; 0: never")
     learn = parser.add_argument_group("learning")
     learn.add_argument("--lr", type=number(float, 0), default=1e-4, help="Adam's learning rate")
-    schedules = ("constant", "linear")
-    learn.add_argument("--lr-schedule", choices=schedules, default="constant", help="linear: to zero at --max-steps")
+    learn.add_argument("--lr-schedule", choices=("constant", "linear"), default="constant", help="linear ends at zero")
     learn.add_argument("--gamma", type=number(float, 0, 1), default=0.99, help="discount of a reward one step later")
     learn.add_argument("--gae-lambda", type=number(float, 0, 1), default=1.0, help="lambda of the advantage estimates")
     learn.add_argument("--entropy-coef", type=number(float, 0), default=0.01, help="weight of the entropy bonus")
@@ -173,30 +169,28 @@ def main(argv: list[str] | None = None) -> int:
             if state.target_reached(args.target_reward):
                 raise ValueError(f"the run has reached its {args.target_reward}: name a higher --target-reward")
         (run_folder / "videos").mkdir(exist_ok=True)
-        (run_folder / "options.json").write_text(json.dumps(vars(args), indent=2, default=str))
+        write(json.dumps(vars(args), indent=2, default=str).encode(), run_folder / "options.json")
     except OSError as error:
         fail(f"cannot write the run: {error}")
     except ValueError as error:
         fail(str(error))
 
-    until = f"to {args.max_steps} steps" if args.max_steps else "until stopped"
     workers.say(
-        f"A3C on {args.env_name}: {args.num_processes} training processes and one test process, {until}.\n"
+        f"A3C on {args.env_name}: {args.num_processes} training processes and one test process.\n"
         f"Writing to {run_folder}{os.sep}: episodes.csv, videos, checkpoint.pt, best.pt. Ctrl-C stops the run."
     )
     watch = Watch(args, state, run_folder)
-    jobs = [
-        workers.Job(f"training process {rank}", rank, train, (rank, args, state, run_folder))
-        for rank in range(args.num_processes)
-    ]
-    start_time = watch.started - state.elapsed
-    jobs.insert(1, workers.Job("test process", args.num_processes, evaluate, (args, state, start_time, run_folder)))
+    n, job, start_time = args.num_processes, workers.Job, watch.started - state.elapsed
+    jobs = [job(f"training process {rank}", rank, train, (rank, args, state, run_folder)) for rank in range(n)]
+    jobs.insert(1, job("test process", n, evaluate, (args, state, start_time, run_folder)))
     try:
         well = workers.supervise(jobs, state.ready, state.stop, state.life, run_folder, watch.tick)
     finally:
         watch.save()
     how = f"Stopped by {signal.Signals(watch.signal).name}" if watch.signal else "Done" if well else "Gave up"
     resume = f"python main.py --resume {shlex.quote(str(run_folder))}"
+    if args.max_steps is not None and state.steps.sum() >= args.max_steps:
+        resume += f" --max-steps {2 * args.max_steps}"
     workers.say(f"{how} after {state.steps.sum()} steps; the run lies in {run_folder}, and goes on with: {resume}")
     return 128 + watch.signal if watch.signal else 0 if well else 1
 

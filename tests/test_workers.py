@@ -1,3 +1,4 @@
+import itertools
 import time
 
 import pytest
@@ -62,3 +63,27 @@ def test_a_killed_worker_stalls_nobody(start, victim):
         next_in_line.kill()
         give_it_back.set()
     assert last_has_it.wait(20)
+
+
+def take_turns(folder, rank, all_here, order):
+    turn = CoreTurn(folder, rank)
+    all_here.wait()
+    for _ in range(10):
+        with turn:
+            time.sleep(0.01)
+            order.put(rank)
+
+
+def test_a_turn_lasts_two_rollouts_and_then_is_somebody_elses(tmp_path):
+    ranks = [n * workers.num_cores() for n in range(3)]
+    all_here, order = spawn.Barrier(3), spawn.SimpleQueue()
+    processes = [spawn.Process(target=take_turns, args=(tmp_path, rank, all_here, order)) for rank in ranks]
+    for process in processes:
+        process.start()
+    rollouts = [order.get() for _ in range(30)]
+    for process in processes:
+        process.join()
+    turns = rollouts[::2]
+    assert turns == rollouts[1::2]
+    last_with_company = max(n for n in range(15) if len(set(turns[n:])) > 1)
+    assert all(a != b for a, b in itertools.pairwise(turns[1 : last_with_company + 1]))  # all stand in line by then
