@@ -2,6 +2,7 @@
 
 import csv
 import os
+import random
 import re
 import shutil
 import signal
@@ -153,6 +154,27 @@ def test_a_fourth_death_ends_the_run_with_a_checkpoint(start_main):
     last = run.out.splitlines()[-1]
     assert last.startswith("Gave up after ")
     assert read(run.folder / "checkpoint.pt")["steps"] == int(last.split()[3])
+
+
+@pytest.mark.soak
+def test_sixteen_processes_of_which_ten_are_killed_at_random(start_main):
+    seconds, rng = 60 * float(os.environ.get("SOAK_MINUTES", "3")), random.Random()
+    start = time.monotonic()
+    run = start_main("--env-name", "Pong-v0", "--num-processes", "16", "--max-time", str(seconds / 3600))
+    for reports, moment in enumerate(sorted(rng.uniform(60, seconds - 10) for _ in range(10))):
+        time.sleep(max(0.0, start + moment - time.monotonic()))
+        os.kill(rng.choice(run.children()[0]), signal.SIGKILL)
+        killed = time.monotonic()
+        run.wait_for(lambda reports=reports: run.err.count("\n") > reports)
+        assert time.monotonic() - killed < 2
+    assert run.process.wait(timeout=seconds) == 0
+    assert run.err.count("died: signal 9, Killed; is started anew") == run.err.count("\n") == 10
+    table, contents = rows(run.folder), read(run.folder / "checkpoint.pt")
+    assert [int(row["episode"]) for row in table] == list(range(len(table)))
+    steps = [int(row["num_steps"]) for row in table]
+    assert steps == sorted(set(steps))
+    assert contents["steps"] >= steps[-1] > 500 * (seconds - 60)
+    assert contents["life"] == 10
 
 
 def test_a_resumed_run_goes_on_where_it_stopped(start_main):
