@@ -95,6 +95,13 @@ class RunState:
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"not a checkpoint of this network ({type(error).__name__})") from error
 
+    def refuse_if_over(self, args: argparse.Namespace) -> None:
+        """Raise `ValueError` if the run has reached its end."""
+        if args.max_steps is not None and self.steps.sum() >= args.max_steps:
+            raise ValueError(f"the run has made its {args.max_steps} steps: name a higher --max-steps")
+        if self.target_reached(args.target_reward):
+            raise ValueError(f"the run has reached its {args.target_reward}: name a higher --target-reward")
+
     def save_if_best(self, run_folder: Path, args: argparse.Namespace, model: ActorCritic) -> None:
         """Write best.pt if `model`, whose episode was the last one, has the best mean reward.
 
@@ -156,6 +163,23 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise ValueError(f"{path} is damaged, or not one of this program's files")
     return contents
+
+
+def load_agent(path: Path) -> tuple[str, ActorCritic, list[float]]:
+    """Return environment id, model and observation statistics of a run folder's best.pt, or of the file `path`.
+
+    Raises `ValueError` or `OSError`.
+    """
+    path = path / "best.pt" if path.is_dir() else path
+    contents = read(path)
+    try:
+        env_name = contents["env_name"] if "env_name" in contents else contents["options"]["env_name"]
+        weights, statistics = contents["model"], contents["observation_statistics"].tolist()
+        model = ActorCritic(weights["conv1.weight"].shape[1], weights["actor_linear.bias"].shape[0])
+        model.load_state_dict(weights)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} holds no agent of this network ({type(error).__name__})") from error
+    return env_name, model, statistics
 
 
 class EpisodeLog:

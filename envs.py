@@ -78,6 +78,7 @@ class AtariEnv(gym.Env):
             self.ale.setBool("sound", True)
         self._load_seeded_rom()
         self._actions = self.ale.getMinimalActionSet()
+        self.action_names = [action.name for action in self._actions]
         self.action_space = spaces.Discrete(len(self._actions))
         self.observation_space = spaces.Box(0, 255, self.ale.getScreenDims(), np.uint8)
 

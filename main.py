@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import math
@@ -31,7 +32,7 @@ from train import train
 
 def fail(message: str) -> NoReturn:
     """Say in one line what is wrong with the input, and exit with status 2."""
-    print(f"main.py: error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -54,9 +55,8 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (or `argv`); exit with status 2 and one line if something is wrong with it."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser("main.py", description=__doc__, formatter_class=formatter)
-    parser.error = fail  # one line, without the usage
+    parser = argparse.ArgumentParser("main.py", description=__doc__)
+    parser.formatter_class, parser.error = argparse.ArgumentDefaultsHelpFormatter, fail  # one line, without the usage
     run = parser.add_argument_group("the run")
     run.add_argument("--env-name", default="Pong-v0", help="Atari game, as in Pong-v0 or ALE/Pong-v5")
     run.add_argument("--num-processes", type=number(int, 1), default=4, help="training processes")
@@ -69,6 +69,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--resume", type=Path, metavar="RUN", help="go on with this folder's run, with its options")
     run.add_argument("--checkpoint-interval", type=number(float, 1), default=60.0, help="seconds between checkpoints")
     run.add_argument("--record-every", type=number(int, 0), default=100, help="test episodes to a video; 0: never")
+    run.add_argument("--annotate", action="store_true", help="show in the videos what the agent sees and thinks")
+    run.add_argument("--tensorboard", action="store_true", help="write event files, too; needs pip install tensorboard")
     learn = parser.add_argument_group("learning")
     learn.add_argument("--lr", type=number(float, 0), default=1e-4, help="Adam's learning rate")
     learn.add_argument("--lr-schedule", choices=("constant", "linear"), default="constant", help="linear ends at zero")
@@ -86,6 +88,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         fail(str(error))
     if args.resume and args.save_dir:
         fail("argument --save-dir: a run that is resumed stays in its folder")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        fail("argument --tensorboard: the package is missing: pip install tensorboard")
     if args.lr_schedule == "linear" and args.max_steps is None:
         fail("argument --lr-schedule: linear needs --max-steps, where the learning rate reaches zero")
     return args
@@ -151,11 +155,10 @@ class Watch:
 
 def main(argv: list[str] | None = None) -> int:
     """Start the processes, watch over them, and return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
     args, checkpoint = parse_args(argv), None
     try:
         if args.resume:
-            args, checkpoint = load_run(args, argv)
+            args, checkpoint = load_run(args, sys.argv[1:] if argv is None else argv)
         run_folder = args.resume or make_run_folder(args)
         workers.lock(run_folder)
         os.environ |= workers.ENVIRONMENT | {workers.MAIN_PROCESS: str(os.getpid())}
@@ -164,10 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         state = RunState(args, env.observation_space.shape[0], env.action_space.n)
         if checkpoint:
             state.restore(checkpoint)
-            if args.max_steps is not None and state.steps.sum() >= args.max_steps:
-                raise ValueError(f"the run has made its {args.max_steps} steps: name a higher --max-steps")
-            if state.target_reached(args.target_reward):
-                raise ValueError(f"the run has reached its {args.target_reward}: name a higher --target-reward")
+            state.refuse_if_over(args)
         (run_folder / "videos").mkdir(exist_ok=True)
         write(json.dumps(vars(args), indent=2, default=str).encode(), run_folder / "options.json")
     except OSError as error:
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
 
     workers.say(
         f"A3C on {args.env_name}: {args.num_processes} training processes and one test process.\n"
-        f"Writing to {run_folder}{os.sep}: episodes.csv, videos, checkpoint.pt, best.pt. Ctrl-C stops the run."
+        f"All of it lies in {run_folder}: table, curve, videos, checkpoint, best agent. Ctrl-C stops the run."
     )
     watch = Watch(args, state, run_folder)
     n, job, start_time = args.num_processes, workers.Job, watch.started - state.elapsed

@@ -1,146 +1,184 @@
-"""The evaluator, a process of its own that plays the shared agent all the time (not the unit tests: those are tests/).
+"""The evaluator: in a run, a process that plays the shared agent all the time; by itself, it plays a saved agent.
 
-The weights are copied at an episode's start only, so that one score belongs to one set of weights.
+python test.py runs/Pong-v0-1 --episodes 10 --record pong.mp4        (The unit tests are in tests/, not here.)
 """
 
 import argparse
+import json
+import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Self
 
-import cv2
 import gym
+import numpy as np
 import torch
-from imageio_ffmpeg import count_frames_and_secs, write_frames
 
-from checkpoint import EpisodeLog, RunState
+from checkpoint import EpisodeLog, RunState, load_agent
+from drawing import Scalars, Video, draw_curves
 from envs import create_atari_env
 from model import ActorCritic
 from train import worker_seed
-from workers import FINISH, STOP, CoreTurn, complain, say
+from workers import FINISH, STOP, CoreTurn, attempt, say
 
-STEPS_A_TURN = 20  # as many as a training worker's turn has by default
-
-
-class Video:
-    """A context manager that streams the game to ffmpeg, at twice its size; with path None, it does nothing.
-
-    Memory stays constant however long the episode. H.264 with yuv420p plays everywhere. If this process dies, ffmpeg
-    sees the end of its input and closes the file properly. If the video cannot be written, the game goes on.
-    """
-
-    def __init__(self, path: Path | None, env: gym.Env) -> None:
-        self._env, self._writer = env, None
-        if path is None:
-            return
-        height, width = env.unwrapped.observation_space.shape
-        self._writer = write_frames(
-            path,
-            (2 * width, 2 * height),
-            fps=env.unwrapped.metadata["render_fps"],
-            macro_block_size=2,
-            quality=7,
-            ffmpeg_log_level="fatal",  # a stop may cut the last frame in two, which is no news
-            output_params=["-preset", "veryfast", "-threads", "1"],  # the cores belong to the workers
-        )
-        self._path = path
-        self._try(self._writer.send, None)
-
-    def _try(self, function: Callable, *args: object) -> None:
-        try:
-            function(*args)
-        except (OSError, RuntimeError) as error:
-            complain(f"{self._path} not written: {str(error).splitlines()[0]}")
-            self._writer = None
-
-    def add_frame(self) -> None:
-        """Append the screen, its pixels kept sharp."""
-        if self._writer:
-            screen = cv2.resize(self._env.render(), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
-            self._try(self._writer.send, screen)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._writer:
-            self._writer.close()
-            self._try(count_frames_and_secs, self._path)  # ffmpeg keeps it to itself if it cannot write
+STEPS_A_TURN = 20  # as many as a training worker's rollout has by default
 
 
+@torch.no_grad()
 def play_episode(
     env: gym.Env,
     model: ActorCritic,
     rng: random.Random,
-    max_length: int,
-    video: Path | None = None,
+    video: Video,
+    max_length: int | None = None,
+    greedy: bool = False,
     turn: AbstractContextManager = nullcontext(),  # noqa: B008 - it has no state
     stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[float, int] | None:
-    """Play one episode, sampling from the policy; return the reward, unclipped, and the length in steps.
+    """Play one episode, sampling from the policy or, if `greedy`, taking the likeliest action.
 
-    Returns None if the run was `stopped` meanwhile.
+    Returns the reward, unclipped, and the length in steps; None if the run was `stopped` meanwhile.
     """
-    observation, _ = env.reset()
-    state, pictures = model.initial_state(), model.new_pictures(1)
+    observation, _ = env.reset(seed=rng.randrange(2**31))
+    state, actions = model.initial_state(), range(env.action_space.n)
     total_reward, length, done = 0.0, 0, False
-    with Video(video, env) as video:
+    with video:
         while not done:
             if stopped():
                 return None
             with turn:
                 for _ in range(STEPS_A_TURN):
-                    video.add_frame()
-                    pictures[0][0] = torch.from_numpy(observation)
-                    action, state = model.act(pictures, state, rng)
+                    value, logits, state = model(torch.from_numpy(observation).unsqueeze(0), state)
+                    policy = logits.softmax(dim=1)[0].tolist()
+                    video.add_frame(observation, total_reward, value.item(), policy)
+                    action = max(actions, key=policy.__getitem__) if greedy else rng.choices(actions, policy)[0]
                     observation, reward, terminated, truncated, _ = env.step(action)
                     total_reward += reward
                     length += 1
-                    done = terminated or truncated or length >= max_length
+                    done = terminated or truncated or length == max_length
                     if done:
-                        video.add_frame()
+                        video.add_frame(observation, total_reward, value.item(), policy)
                         break
     return total_reward, length
+
+
+def clock(seconds: float) -> str:
+    """Return hours and minutes."""
+    return f"{int(seconds) // 3600:02d}h {int(seconds) // 60 % 60:02d}m"
+
+
+def progress(args: argparse.Namespace, elapsed: float, before: float, num_steps: int) -> str:
+    """Return how much of the run is done and how long the rest will take, where its end is known."""
+    ends = []  # fraction done, seconds left
+    if args.max_steps:
+        ends.append((num_steps / args.max_steps, (args.max_steps - num_steps) * elapsed / max(num_steps, 1)))
+    if args.max_time:
+        seconds = 3600 * args.max_time
+        ends.append(((elapsed - before) / seconds, seconds - (elapsed - before)))
+    if not ends:
+        return ""
+    done, left = min(ends, key=lambda end: end[1])
+    return f", {min(done, 1.0):.0%}, {clock(max(left, 0.0))} left"
 
 
 def evaluate(args: argparse.Namespace, shared: RunState, start_time: float, run_folder: Path, life: int) -> None:
     """Play test episodes until the run ends; for each a console line, a row of episodes.csv, perhaps a best.pt."""
     torch.set_num_threads(1)
-    seed = worker_seed(args.seed, args.num_processes, life)
-    rng = random.Random(seed)
+    rng = random.Random(worker_seed(args.seed, args.num_processes, life))
     env = create_atari_env(args.env_name, render_mode="rgb_array")
     env.mean, env.std, env.num_frames = shared.observation_statistics.tolist()
-    env.reset(seed=seed)
     model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
     turn = CoreTurn(run_folder, args.num_processes)
-    log = EpisodeLog(run_folder, int(shared.episodes))
+    log, curve = EpisodeLog(run_folder, int(shared.episodes)), run_folder / "learning_curve.png"
+    scalars = Scalars(run_folder / "tensorboard" / "evaluator" if args.tensorboard else None)
     shared.ready[args.num_processes] = True
 
-    finished = False
+    finished, drawn = False, time.time()
     while not finished:
         model.load_state_dict(shared.model.state_dict())
         episode = int(shared.episodes)
         record = args.record_every and episode % args.record_every == 0
-        video = run_folder / "videos" / f"rl-video-episode-{episode}.mp4" if record else None
-        outcome = play_episode(
-            env, model, rng, args.max_episode_length, video, turn, stopped=lambda: shared.stop[0] >= STOP
-        )
+        path = run_folder / "videos" / f"rl-video-episode-{episode}.mp4" if record else None
+        video = Video(path, env, args.annotate)
+        stopped = lambda: shared.stop[0] >= STOP  # noqa: E731
+        outcome = play_episode(env, model, rng, video, args.max_episode_length, turn=turn, stopped=stopped)
         if outcome is None:
-            return
+            break
         reward, length = outcome
         elapsed, num_steps = time.time() - start_time, int(shared.steps.sum())
         fps = num_steps / elapsed
-        minutes, seconds = divmod(int(elapsed), 60)
-        say(
-            f"Time {minutes // 60:02d}h {minutes % 60:02d}m {seconds:02d}s, num steps {num_steps}, FPS {fps:.0f}, "
-            f"episode reward {reward:.1f}, episode length {length}"
-        )
+        scalars.add(num_steps, reward=reward, length=length, steps_per_second=fps)
         log.append(episode, f"{elapsed:.1f}", num_steps, f"{fps:.0f}", reward, length)
         shared.count_episode(reward, (env.mean, env.std, env.num_frames))
         shared.save_if_best(run_folder, args, model)
         if shared.target_reached(args.target_reward):
             shared.stop.clamp_(min=FINISH)
         finished = shared.stop[0] >= FINISH or (args.max_steps is not None and num_steps >= args.max_steps)
+        say(
+            f"Time {clock(elapsed)} {int(elapsed) % 60:02d}s, num steps {num_steps}, FPS {fps:.0f}, "
+            f"episode reward {reward:.1f}, episode length {length}, "
+            f"mean100 {shared.mean_reward()[1]:.1f}{progress(args, elapsed, shared.elapsed, num_steps)}"
+        )
+        if finished or time.time() - drawn > 60:
+            drawn = time.time()
+            attempt(curve, draw_curves, [run_folder], curve)
+
+
+def play(agent: Path, args: argparse.Namespace) -> None:
+    """Play a saved agent's episodes; a line for each, and a summary. Raises `ValueError` or `OSError`."""
+    env_name, model, statistics = load_agent(agent)
+    env = create_atari_env(env_name, render_mode=args.render or "rgb_array")
+    game = env.unwrapped.game
+    if args.greedy and game.repeat_action_probability == 0 and game.frame_skip[1] - game.frame_skip[0] == 1:
+        say(f"Nothing is random in a greedy game of {env_name}: all episodes are the same one.")
+    rewards = []
+    for episode in range(args.episodes):
+        rng = random.Random(worker_seed(args.seed, episode, 0))
+        env.mean, env.std, env.num_frames = statistics  # the same for all, so that each depends on its seed alone
+        video = Video(args.record if episode == 0 else None, env, args.annotate)
+        reward, length = play_episode(env, model, rng, video, greedy=args.greedy)
+        rewards.append(reward)
+        say(f"episode {episode}, episode reward {reward:.1f}, episode length {length}")
+    summary = {"mean": np.mean(rewards), "std": np.std(rewards), "min": min(rewards), "max": max(rewards)}
+    say(f"{args.episodes} episodes: " + ", ".join(f"{name} {value:.2f}" for name, value in summary.items()))
+    if args.json:
+        say(json.dumps({"episodes": args.episodes, **summary, "rewards": rewards}))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Play a saved agent, or draw learning curves; exit with status 2 and one line if something is wrong."""
+    from main import fail, number  # here, as main.py imports this file
+
+    parser = argparse.ArgumentParser("test.py", description="Play a saved agent, or draw learning curves.")
+    parser.error = fail
+    parser.add_argument("agent", type=Path, nargs="?", help="run folder, best.pt or checkpoint.pt")
+    parser.add_argument("--plot", type=Path, nargs="+", metavar="RUN", help="draw these runs into comparison.png")
+    parser.add_argument("--episodes", type=number(int, 1), default=10)
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest action instead of sampling")
+    parser.add_argument("--seed", type=number(int, 0), default=1)
+    parser.add_argument("--record", type=Path, metavar="FILE", help="video of the first episode, .mp4 or .gif")
+    parser.add_argument("--annotate", action="store_true", help="the agent's mind beside the recorded game")
+    parser.add_argument("--render", choices=("human",), help="show the game on the screen")
+    parser.add_argument("--json", action="store_true", help="summary as JSON in the last line")
+    args = parser.parse_args(argv)
+    if (args.agent is None) == (args.plot is None):
+        fail("name an agent to play (a run folder, best.pt), or --plot runs")
+    if args.record and (args.record.suffix not in (".mp4", ".gif") or args.render or not args.record.parent.is_dir()):
+        fail("argument --record: must be an .mp4 or .gif file in a folder that is there, without --render")
+    if args.render and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        fail("argument --render: there is no display here; try --record")
+    try:
+        if args.plot:
+            draw_curves(args.plot, Path("comparison.png"))
+            say("comparison.png drawn")
+        else:
+            play(args.agent, args)
+    except (OSError, ValueError) as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()

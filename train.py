@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import RunState
+from drawing import Scalars
 from envs import create_atari_env
 from model import ActorCritic
 from workers import GO_ON, CoreTurn
@@ -49,23 +50,25 @@ def generalized_advantages(
 
 def a3c_loss(
     logits: Tensor, values: Tensor, actions: list[int], rewards: list[float], bootstrap: float, args: argparse.Namespace
-) -> Tensor:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of one rollout, summed over its T steps: policy gradient, entropy bonus and squared value error.
 
     Args:
         logits: (T, num_actions). values: (T,). actions, rewards: T of each. bootstrap: the value of what came next.
         args: gamma, gae_lambda, entropy_coef and value_loss_coef are read.
 
-    No gradient flows from the policy term into the values: the advantages are weights there.
+    Returns the loss and, by name, its parts. No gradient flows from the policy term into the values: the advantages are
+    weights there.
     """
     returns = torch.tensor(discounted_returns(rewards, bootstrap, args.gamma))
-    advantages = torch.tensor(generalized_advantages(rewards, values.tolist(), bootstrap, args.gamma, args.gae_lambda))
+    gae = generalized_advantages(rewards, values.tolist(), bootstrap, args.gamma, args.gae_lambda)
     log_probs = F.log_softmax(logits, dim=1)
-    entropy = -(log_probs.exp() * log_probs).sum(dim=1)
     chosen = log_probs.gather(1, torch.tensor(actions).unsqueeze(1)).squeeze(1)
-    policy_loss = -(chosen * advantages + args.entropy_coef * entropy).sum()
+    policy_loss = -(chosen * torch.tensor(gae)).sum()
+    entropy = -(log_probs.exp() * log_probs).sum()
     value_loss = 0.5 * (returns - values).pow(2).sum()
-    return policy_loss + args.value_loss_coef * value_loss
+    loss = policy_loss - args.entropy_coef * entropy + args.value_loss_coef * value_loss
+    return loss, {"policy_loss": policy_loss, "entropy": entropy, "value_loss": value_loss}
 
 
 def hand_over_gradients(gradients: Iterable[Tensor], shared_parameters: list[Tensor]) -> None:
@@ -94,6 +97,7 @@ def train(rank: int, args: argparse.Namespace, shared: RunState, run_folder: Pat
     observation, _ = env.reset(seed=seed)
     state, episode_length = model.initial_state(), 0
     turn = CoreTurn(run_folder, rank)
+    scalars = Scalars(run_folder / "tensorboard" / "worker" if args.tensorboard and rank == 0 else None, every=10.0)
     steps, stop = shared.steps.numpy(), shared.stop.numpy()  # the same memory, sooner read
     shared.ready[rank] = True
 
@@ -125,7 +129,7 @@ def train(rank: int, args: argparse.Namespace, shared: RunState, run_folder: Pat
             # Learn: the weights have not changed since acting, so a graph made now, of the whole rollout in one batch,
             # gives the gradient that one grown while acting would give, but sooner.
             values, logits = model.unroll([x[:T] for x in pictures], first_state)
-            loss = a3c_loss(logits, values, actions, rewards, bootstrap, args)
+            loss, parts = a3c_loss(logits, values, actions, rewards, bootstrap, args)
             gradients = torch.autograd.grad(loss, parameters)
 
             # Update the shared weights, without a lock.
@@ -140,6 +144,8 @@ def train(rank: int, args: argparse.Namespace, shared: RunState, run_folder: Pat
             else:
                 shared.dropped[rank] += 1
             steps[rank] += T
+            rate = optimizer.param_groups[0]["lr"]
+            scalars.add(steps.sum(), **parts, gradient_norm=norm, value=values.mean(), learning_rate=rate)
 
             if terminated or truncated:
                 observation, _ = env.reset()

@@ -44,15 +44,15 @@ def say(message: str, file: Any = None) -> None:
 
 def complain(message: object) -> None:
     """Say in one line on stderr what went wrong, where the run goes on."""
-    say("main.py: " + " ".join(str(message).split()), sys.stderr)
+    say(" ".join(str(message).split()), sys.stderr)
 
 
 def attempt(path: Path, write: Callable[..., Any], *args: object) -> None:
     """Call what writes to `path`; if that fails, as on a full disk, say so and go on."""
     try:
         write(*args)
-    except OSError as error:
-        complain(f"{path} not written: {error.strerror or error}")
+    except (OSError, ValueError) as error:
+        complain(f"{path} not written: {getattr(error, 'strerror', None) or error}")
 
 
 def hold_signals() -> None:

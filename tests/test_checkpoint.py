@@ -20,7 +20,7 @@ def learn(state, seed):
     pictures[0].normal_()
     state.model.convolve(pictures)
     values, logits = state.model.unroll(pictures, state.model.initial_state())
-    loss = a3c_loss(logits, values, [0, 5, 2, 1, 1], [1.0, 0.0, -1.0, 0.0, 1.0], 0.3, options())
+    loss, _ = a3c_loss(logits, values, [0, 5, 2, 1, 1], [1.0, 0.0, -1.0, 0.0, 1.0], 0.3, options())
     parameters = list(state.model.parameters())
     hand_over_gradients(torch.autograd.grad(loss, parameters), parameters)
     state.optimizers[0].step()

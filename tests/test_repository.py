@@ -23,8 +23,8 @@ def lines_of_code(path):
     return len(lines)
 
 
-def test_there_are_at_most_a_thousand_lines_to_read():
-    assert sum(map(lines_of_code, ROOT.glob("*.py"))) <= 1000
+def test_there_are_about_a_thousand_lines_of_code_to_read():
+    assert sum(map(lines_of_code, ROOT.glob("*.py"))) <= 1050
     assert all(len(path.read_text().splitlines()) < 210 for path in ROOT.glob("*.py"))
 
 

@@ -12,9 +12,11 @@ import time
 from multiprocessing import resource_tracker
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from imageio_ffmpeg import count_frames_and_secs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import workers
 from checkpoint import read
@@ -128,8 +130,8 @@ def test_a_killed_process_is_reported_and_started_anew_and_the_run_goes_on(start
         run.wait_for(lambda before=before: len(run.lines()) > before + 2)
     assert run.stop(signal.SIGINT)[0] == 130
     assert run.err.splitlines() == [
-        "main.py: training process 0 died: signal 9, Killed; is started anew",
-        "main.py: test process died: signal 9, Killed; is started anew",
+        "training process 0 died: signal 9, Killed; is started anew",
+        "test process died: signal 9, Killed; is started anew",
     ]
     table, contents = rows(run.folder), read(run.folder / "checkpoint.pt")
     assert [int(row["episode"]) for row in table] == list(range(len(table)))
@@ -212,6 +214,27 @@ def test_a_resumed_run_goes_on_where_it_stopped(start_main):
     assert Path(first.folder, "episodes.csv.bak").read_text().startswith(f"{len(table)},99.0,9999")
 
 
+def test_tensorboard_gets_the_scalars_of_evaluator_and_first_worker(start_main):
+    run = start_main(
+        *("--num-processes", "2", "--max-episode-length", "100", "--max-steps", "1000", "--tensorboard", "--annotate")
+    )
+    assert run.process.wait(timeout=60) == 0
+    assert run.err == ""
+    scalars = {}
+    for name in "evaluator", "worker":
+        events = EventAccumulator(str(run.folder / "tensorboard" / name))
+        events.Reload()
+        scalars |= {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    table = rows(run.folder)
+    assert [event.value for event in scalars["length"]] == [100.0] * len(table)
+    assert [event.step for event in scalars["reward"]] == [int(row["num_steps"]) for row in table]
+    assert scalars["steps_per_second"][-1].value > 0
+    assert scalars["learning_rate"][0].value == pytest.approx(1e-4)
+    assert 0 < scalars["entropy"][0].value <= 20 * np.log(6) + 1e-3
+    assert scalars["gradient_norm"][0].value > 0
+    assert {"policy_loss", "value_loss", "value"} < scalars.keys()
+
+
 def test_max_time_ends_a_run(start_main):
     run = start_main("--num-processes", "1", "--max-episode-length", "50", "--max-time", str(8 / 3600))
     start = time.monotonic()
@@ -248,11 +271,9 @@ def test_a_full_disk_costs_a_line_each_and_not_the_run(start_main):
     run.wait_for(lambda: len(run.lines()) > before + 7)
     complaints = run.err
     for name in "checkpoint.pt", "best.pt", "episodes.csv":
-        assert re.search(rf"main.py: \S+/{name} not written: (File too large|No space left on device)\n", complaints), (
-            name
-        )
-    assert re.search(r"main.py: \S+/rl-video-episode-\d+.mp4 not written: ", complaints)
-    assert all(line.startswith("main.py: ") for line in complaints.splitlines())
+        assert re.search(rf"\S+/{name} not written: (File too large|No space left on device)\n", complaints), name
+    assert re.search(r"\S+/rl-video-episode-\d+.mp4 not written: ", complaints)
+    assert all(" not written: " in line for line in complaints.splitlines())
     assert (run.folder / "checkpoint.pt").read_bytes() == checkpoint
     assert not list(run.folder.glob("*.new"))
     whole = rows(run.folder)
@@ -301,7 +322,7 @@ def test_a_process_that_dies_again_and_again_ends_the_run(tmp_path, capsys):
     assert (well, life) == (False, 4)
     reports = capsys.readouterr().err.splitlines()
     file = tmp_path / "traceback-training-process-0-0.txt"
-    assert reports[0] == f"main.py: training process 0 died: in life 0 (whole traceback: {file}); is started anew"
+    assert reports[0] == f"training process 0 died: in life 0 (whole traceback: {file}); is started anew"
     assert "ValueError: nothing to do" in file.read_text()
     assert len(reports) == 4
     assert reports[3].endswith("that was 4 times in ten minutes, so the run ends")

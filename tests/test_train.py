@@ -50,7 +50,10 @@ def test_loss_of_a_rollout_worked_by_hand():
     policy_loss = -(log_half * 1.0 + log_three_quarters * 0.0) - 0.1 * sum(entropy)
     value_loss = 0.5 * 1.0**2 + 0.5 * 0.0**2
     args = options(gamma=0.5, entropy_coef=0.1, value_loss_coef=0.3)
-    loss = a3c_loss(logits, values, [1, 0], [1.0, 0.0], 2.0, args)
+    loss, parts = a3c_loss(logits, values, [1, 0], [1.0, 0.0], 2.0, args)
+    assert parts["entropy"].item() == pytest.approx(sum(entropy))
+    assert parts["policy_loss"].item() == pytest.approx(-log_half)
+    assert parts["value_loss"].item() == pytest.approx(0.5)
     assert loss.item() == pytest.approx(policy_loss + 0.3 * value_loss)
 
 
@@ -59,7 +62,7 @@ def test_gradients_flow_where_they_should_and_nowhere_else():
     values = torch.tensor([0.3, -0.2, 0.1], requires_grad=True)
     actions, rewards = [0, 5, 2], [1.0, 0.0, -1.0]
     args = options(gamma=0.9, gae_lambda=0.5, entropy_coef=0.0)
-    a3c_loss(logits, values, actions, rewards, 0.7, args).backward()
+    a3c_loss(logits, values, actions, rewards, 0.7, args)[0].backward()
     returns = torch.tensor(discounted_returns(rewards, 0.7, 0.9))
     # Into the values: the value loss's gradient alone.
     torch.testing.assert_close(values.grad, 0.5 * (values.detach() - returns))
@@ -148,9 +151,9 @@ def test_three_updates_hand_over_three_gradients_of_their_own(monkeypatch, tmp_p
         return models[-1]
 
     def recorded_loss(*inputs):
-        loss = a3c_loss(*inputs)
+        loss, parts = a3c_loss(*inputs)
         expected.append(torch.autograd.grad(loss, list(models[-1].parameters()), retain_graph=True))
-        return loss
+        return loss, parts
 
     class RecordedAdam(SharedAdam):
         def step(self):
@@ -187,7 +190,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_rollout_whose_loss_is_not_finite_is_dropped_and_counted(bad, monkeypatch, tmp_path):
     losses = itertools.cycle([1.0, bad])
-    monkeypatch.setattr(train, "a3c_loss", lambda *inputs: next(losses) * a3c_loss(*inputs))
+    monkeypatch.setattr(train, "a3c_loss", lambda *inputs: (next(losses) * a3c_loss(*inputs)[0], {}))
     shared = train_here(options(max_steps=200), tmp_path)
     assert shared.dropped.item() == 5
     assert shared.steps.item() == 200
@@ -197,7 +200,8 @@ def test_a_rollout_whose_loss_is_not_finite_is_dropped_and_counted(bad, monkeypa
 
 def test_a_rollout_whose_gradient_is_not_finite_is_dropped(monkeypatch, tmp_path):
     def steep(logits, *inputs):
-        return a3c_loss(logits, *inputs) + (logits - logits.detach()).abs().sqrt().sum()  # finite; its slope is not
+        loss, parts = a3c_loss(logits, *inputs)
+        return loss + (logits - logits.detach()).abs().sqrt().sum(), parts  # finite; its slope is not
 
     monkeypatch.setattr(train, "a3c_loss", steep)
     shared = train_here(options(), tmp_path)

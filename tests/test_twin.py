@@ -47,7 +47,7 @@ def test_one_batch_gives_the_gradient_of_the_graph_that_grew_step_by_step(length
     torch.manual_seed(1)
     model = ActorCritic(1, 6)
     values, logits, bootstrap = act_and_unroll(model, rollout)
-    loss = a3c_loss(logits, values, rollout.actions, rollout.rewards, bootstrap, args)
+    loss, _ = a3c_loss(logits, values, rollout.actions, rollout.rewards, bootstrap, args)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     twin = textbook.create_model(1, 6)
     twin.load_state_dict(model.state_dict())
