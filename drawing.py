@@ -1,5 +1,6 @@
 """Pictures: videos of the game, plain or with the agent's mind beside it, and the learning curve."""
 
+import io
 import json
 import logging
 import time
@@ -13,9 +14,9 @@ import gym
 import numpy as np
 from imageio_ffmpeg import count_frames_and_secs, write_frames
 
+from checkpoint import WINDOW, write
 from workers import attempt, complain
 
-WINDOW = 100  # episodes of the moving mean
 NO_SETTING = ("seed", "save_dir", "resume", "max_steps", "max_time", "target_reward", "record_every", "annotate")
 WHITE, GREY, GREEN, BLUE = (235, 235, 235), (120, 120, 120), (110, 220, 110), (110, 170, 255)
 
@@ -36,9 +37,11 @@ def read_episodes(run: Path) -> tuple[str, np.ndarray]:
     try:
         rows = csv.read_text().splitlines()
         episodes = np.atleast_1d(np.genfromtxt(rows, delimiter=",", names=True))
-        assert np.isfinite([episodes[name] for name in ("num_steps", "time_s", "reward", "length")]).all()
-    except (AssertionError, OSError, ValueError):
-        raise ValueError(f"{run} holds no test episodes: name a run folder, or its episodes.csv") from None
+        numbers = [episodes[name] for name in ("num_steps", "time_s", "reward", "length")]
+    except (OSError, ValueError):
+        numbers = []
+    if not np.size(numbers) or not np.isfinite(numbers).all():
+        raise ValueError(f"{run} holds no test episodes: name a run folder, or its episodes.csv")
     options = folder / "options.json"
     setting = json.loads(options.read_text()) if options.exists() else {"run": str(run)}
     return json.dumps({name: value for name, value in setting.items() if name not in NO_SETTING}), episodes
@@ -81,15 +84,15 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     axes[0].legend(loc="best")
     for axis in axes:
         axis.grid(alpha=0.3)
-    if len(runs) == 1 and len(episodes) > 1:
+    if len(runs) == 1 and episodes["num_steps"][-1] > 0:
         steps, hours = (np.insert(episodes[name], 0, 0.0) for name in ("num_steps", "time_s"))
         steps, hours = steps / 1e6, hours / 3600
         axes[0].set_xlim(0, steps[-1])
         functions = (lambda x: np.interp(x, steps, hours), lambda h: np.interp(h, hours, steps))
         axes[0].secondary_xaxis("top", functions=functions).set_xlabel("hours")
-    beside = path.with_name(path.name + ".new")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write(buffer.getvalue(), path)
 
 
 class Scalars:

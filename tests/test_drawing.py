@@ -215,6 +215,8 @@ def test_a_greedy_game_without_chance_says_so_and_is_recorded(tmp_path, monkeypa
         ("AGENT --render human", "argument --render: there is no display here; try --record"),
         ("--plot AGENT", "holds no test episodes: name a run folder, or its episodes.csv"),
         ("--plot missing", "holds no test episodes"),
+        ("--plot TEXT", "holds no test episodes"),
+        ("--plot EMPTY", "holds no test episodes"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(argv, message, agent, tmp_path, monkeypatch, capsys):
@@ -222,7 +224,8 @@ def test_bad_input_is_one_line_and_status_2(argv, message, agent, tmp_path, monk
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     monkeypatch.setattr(evaluator.sys, "platform", "linux")
-    (tmp_path / "TEXT").write_text("no agent")
+    (tmp_path / "TEXT").write_text("no agent\n1,2\n")
+    (tmp_path / "EMPTY").write_text(EpisodeLog.HEADER + "\n")
     with pytest.raises(SystemExit) as stop:
         evaluator.main(argv.replace("AGENT", str(agent)).split())
     assert stop.value.code == 2
