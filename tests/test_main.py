@@ -145,3 +145,11 @@ def test_an_episode_is_scored_with_rewards_unclipped():
     assert reward >= 44  # a beam rider's sector pays 44 points an enemy
     assert reward % 44 == 0
     assert length == 400
+
+
+def test_a_missing_tensorboard_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr(main.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        main.parse_args(["--tensorboard"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: argument --tensorboard: the package is missing: pip install tensorboard\n"

@@ -198,12 +198,21 @@ def test_a_rollout_whose_loss_is_not_finite_is_dropped_and_counted(bad, monkeypa
     assert all(p.isfinite().all() for p in shared.model.parameters())
 
 
-def test_a_rollout_whose_gradient_is_not_finite_is_dropped(monkeypatch, tmp_path):
-    def steep(logits, *inputs):
-        loss, parts = a3c_loss(logits, *inputs)
-        return loss + (logits - logits.detach()).abs().sqrt().sum(), parts  # finite; its slope is not
+def steep(logits):
+    return (logits - logits.detach()).abs().sqrt().sum()  # zero; its slope is infinite
 
-    monkeypatch.setattr(train, "a3c_loss", steep)
+
+def endless(logits):
+    return torch.tensor(float("inf"))  # with no slope at all
+
+
+@pytest.mark.parametrize("term", [steep, endless])
+def test_a_rollout_of_which_only_loss_or_gradient_is_finite_is_dropped(term, monkeypatch, tmp_path):
+    def bad_loss(logits, *inputs):
+        loss, parts = a3c_loss(logits, *inputs)
+        return loss + term(logits), parts
+
+    monkeypatch.setattr(train, "a3c_loss", bad_loss)
     shared = train_here(options(), tmp_path)
     assert shared.dropped.item() == 3
     assert shared.optimizers[0].state[next(shared.model.parameters())]["step"] == 0
