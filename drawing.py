@@ -85,9 +85,10 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
     if len(runs) == 1 and episodes["num_steps"][-1] > 0:
-        steps, hours = (np.insert(episodes[name], 0, 0.0) for name in ("num_steps", "time_s"))
-        steps, hours = steps / 1e6, hours / 3600
-        axes[0].set_xlim(0, steps[-1])
+        axes[0].set_xlim(0, episodes["num_steps"][-1] / 1e6)
+        # From zero to far beyond the end, so that ticks outside stay outside.
+        ends = [np.concatenate([[0.0], e, 2 * e[-1:]]) for e in (episodes["num_steps"], episodes["time_s"])]
+        steps, hours = ends[0] / 1e6, ends[1] / 3600
         functions = (lambda x: np.interp(x, steps, hours), lambda h: np.interp(h, hours, steps))
         axes[0].secondary_xaxis("top", functions=functions).set_xlabel("hours")
     buffer = io.BytesIO()
