@@ -12,7 +12,9 @@ from typing import Self
 import cv2
 import gym
 import numpy as np
+import torch
 from imageio_ffmpeg import count_frames_and_secs, write_frames
+from torch import Tensor
 
 from checkpoint import WINDOW, write
 from workers import attempt, complain
@@ -97,7 +99,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
 
 
 class Scalars:
-    """TensorBoard's event files in `folder`, or nothing; at most one set of scalars `every` so many seconds."""
+    """TensorBoard's event files in `folder`, or nothing; a set of scalars is due `every` so many seconds."""
 
     def __init__(self, folder: Path | None, every: float = 0.0) -> None:
         self._folder, self._every, self._next, self._writer = folder, every, 0.0, None
@@ -106,12 +108,16 @@ class Scalars:
 
             self._writer = SummaryWriter(folder)
 
-    def add(self, step: int, **scalars: float) -> None:
-        """Write each by its name, if it is time."""
-        if self._writer and time.monotonic() >= self._next:
+    def due(self) -> bool:
+        """Return whether it is time for the next set."""
+        return self._writer is not None and time.monotonic() >= self._next
+
+    def add(self, step: int, **scalars: Tensor | float) -> None:
+        """Write each by its name."""
+        if self._writer:
             self._next = time.monotonic() + self._every
             for name, scalar in scalars.items():
-                attempt(self._folder, self._writer.add_scalar, name, float(scalar), int(step))
+                attempt(self._folder, self._writer.add_scalar, name, torch.as_tensor(scalar).item(), int(step))
             attempt(self._folder, self._writer.flush)
 
 

@@ -144,8 +144,9 @@ def train(rank: int, args: argparse.Namespace, shared: RunState, run_folder: Pat
             else:
                 shared.dropped[rank] += 1
             steps[rank] += T
-            rate = optimizer.param_groups[0]["lr"]
-            scalars.add(steps.sum(), **parts, gradient_norm=norm, value=values.mean(), learning_rate=rate)
+            if scalars.due():
+                rate = optimizer.param_groups[0]["lr"]
+                scalars.add(steps.sum(), **parts, gradient_norm=norm, value=values.mean(), learning_rate=rate)
 
             if terminated or truncated:
                 observation, _ = env.reset()

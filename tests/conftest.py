@@ -57,7 +57,8 @@ class Run:
     def lines(self):
         """Return steps, reward and length of each test episode so far, as the console tells them."""
         pattern = (
-            r"Time \d\dh \d\dm \d\ds, num steps (\d+), FPS \d+, episode reward (-?\d+\.\d), episode length (\d+)\n"
+            r"Time \d\dh \d\dm \d\ds, num steps (\d+), FPS \d+, episode reward (-?\d+\.\d), episode length (\d+), "
+            r"mean100 -?\d+\.\d(?:, \d+%, \d\dh \d\dm left)?\n"
         )
         return [(int(s), float(r), int(n)) for s, r, n in re.findall(pattern, self.out)]
 
