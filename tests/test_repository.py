@@ -24,8 +24,8 @@ def lines_of_code(path):
 
 
 def test_there_are_about_a_thousand_lines_of_code_to_read():
-    assert sum(map(lines_of_code, ROOT.glob("*.py"))) <= 1050
-    assert all(len(path.read_text().splitlines()) < 210 for path in ROOT.glob("*.py"))
+    assert sum(map(lines_of_code, ROOT.glob("*.py"))) <= 1060
+    assert all(len(path.read_text().splitlines()) < 220 for path in ROOT.glob("*.py"))
 
 
 def test_the_benchmark_runs():

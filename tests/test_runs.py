@@ -40,6 +40,15 @@ def gone(pids, within=5.0):
     return False
 
 
+def freeze(pids):
+    """Stop processes where they are, and return once they have stopped."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    command = ["ps", "-o", "stat=", "-p", ",".join(map(str, pids))]
+    while any(s[0] != "T" for s in subprocess.run(command, capture_output=True, text=True).stdout.split()):
+        time.sleep(0.05)
+
+
 def goes_on_with(folder):
     return f"the run lies in {folder}, and goes on with: python main.py --resume {folder}"
 
@@ -83,8 +92,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(start_main):
     run = start_main("--num-processes", "1", "--record-every", "0")
     run.wait_for(run.lines)
     stuck = run.children()[0]
-    for pid in stuck:
-        os.kill(pid, signal.SIGSTOP)  # none of them can stop in good order
+    freeze(stuck)  # none of them can stop in good order
     os.kill(run.process.pid, signal.SIGINT)
     time.sleep(0.5)
     assert run.process.poll() is None
@@ -99,7 +107,7 @@ def test_processes_that_do_not_stop_are_killed(start_main):
     run = start_main("--num-processes", "1", "--record-every", "0")
     run.wait_for(run.lines)
     stuck = run.children()[0]
-    os.kill(stuck[0], signal.SIGSTOP)
+    freeze(stuck)
     status, seconds = run.stop(signal.SIGTERM)
     assert status == 143
     assert workers.GRACE < seconds < 5
