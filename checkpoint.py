@@ -119,8 +119,8 @@ class RunState:
             "episodes": num,
             "versions": VERSIONS,
         }
-        self.best[:] = torch.tensor([num, mean])
-        attempt(run_folder / "best.pt", write, dump(contents), run_folder / "best.pt")
+        if attempt(run_folder / "best.pt", write, dump(contents), run_folder / "best.pt"):
+            self.best[:] = torch.tensor([num, mean])
 
 
 def copy_exactly(source: Tensor, target: Tensor) -> None:
@@ -193,8 +193,9 @@ class EpisodeLog:
         rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
         self.rows, later = rows[:num_episodes], rows[num_episodes:]
         if later:
-            with open(run_folder / "episodes.csv.bak", "a") as backup:
-                backup.writelines(row + "\n" for row in later)
+            backup = run_folder / "episodes.csv.bak"
+            earlier = backup.read_text() if backup.exists() else ""
+            attempt(backup, write, (earlier + "\n".join([*later, ""])).encode(), backup)
 
     def append(self, *fields: object) -> None:
         """Add a row; if it cannot be written, say so: it will be with the next one."""

@@ -47,12 +47,14 @@ def complain(message: object) -> None:
     say(" ".join(str(message).split()), sys.stderr)
 
 
-def attempt(path: Path, write: Callable[..., Any], *args: object) -> None:
-    """Call what writes to `path`; if that fails, as on a full disk, say so and go on."""
+def attempt(path: Path, write: Callable[..., Any], *args: object) -> bool:
+    """Call what writes to `path`; if that fails, as on a full disk, say so, return False and go on."""
     try:
         write(*args)
     except (OSError, ValueError) as error:
         complain(f"{path} not written: {getattr(error, 'strerror', None) or error}")
+        return False
+    return True
 
 
 def hold_signals() -> None:

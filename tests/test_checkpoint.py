@@ -215,6 +215,19 @@ def test_the_best_model_is_the_latest_until_the_window_is_full_and_then_the_high
     assert (tmp_path / "best.pt").stat().st_size < 2.5e6
 
 
+def test_a_best_model_that_could_not_be_written_is_not_taken_for_written(tmp_path, capsys):
+    state = RunState(options(), 1, 6)
+    state.count_episode(1.0, (0.4, 0.2, 1))
+    (tmp_path / "best.pt.new").mkdir()  # in the way
+    state.save_if_best(tmp_path, options(), state.model)
+    assert "best.pt not written: " in capsys.readouterr().err
+    assert not state.best.any()
+    (tmp_path / "best.pt.new").rmdir()
+    state.save_if_best(tmp_path, options(), state.model)
+    assert state.best.tolist() == [1.0, 1.0]
+    assert (tmp_path / "best.pt").exists()
+
+
 def test_the_mean_of_no_episode_reaches_no_target():
     state = RunState(options(), 1, 6)
     assert math.isnan(state.mean_reward()[1])
