@@ -5,7 +5,6 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -17,7 +16,7 @@ from imageio_ffmpeg import count_frames_and_secs, write_frames
 from torch import Tensor
 
 from checkpoint import WINDOW, write
-from workers import attempt, complain
+from workers import attempt
 
 NO_SETTING = ("seed", "save_dir", "resume", "max_steps", "max_time", "target_reward", "record_every", "annotate")
 WHITE, GREY, GREEN, BLUE = (235, 235, 235), (120, 120, 120), (110, 220, 110), (110, 170, 255)
@@ -146,13 +145,10 @@ class Video:
             ffmpeg_log_level="fatal",  # a stop may cut the last frame in two, which is no news
             **(gif if path.suffix == ".gif" else mp4),
         )
-        self._try(self._writer.send, None)
+        self._send(None)
 
-    def _try(self, function: Callable, *args: object) -> None:
-        try:
-            function(*args)
-        except (OSError, RuntimeError) as error:
-            complain(f"{self._path} not written: {str(error).splitlines()[0]}")
+    def _send(self, frame: np.ndarray | None) -> None:
+        if not attempt(self._path, self._writer.send, frame):
             self._writer = None
 
     def add_frame(self, observation: np.ndarray, score: float, value: float, probabilities: list[float]) -> None:
@@ -165,7 +161,7 @@ class Video:
             policy = dict(zip(self._env.unwrapped.action_names, probabilities, strict=True))
             panel = draw_mind(frame.shape, observation, score, self._values, policy)
             frame = np.concatenate([frame, panel], axis=1)
-        self._try(self._writer.send, np.ascontiguousarray(frame))
+        self._send(np.ascontiguousarray(frame))
 
     def __enter__(self) -> Self:
         return self
@@ -173,7 +169,7 @@ class Video:
     def __exit__(self, *_: object) -> None:
         if self._writer:
             self._writer.close()
-            self._try(count_frames_and_secs, self._path)  # ffmpeg keeps it to itself if it cannot write
+            attempt(self._path, count_frames_and_secs, self._path)  # ffmpeg keeps it to itself if it cannot write
 
 
 def draw_mind(

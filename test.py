@@ -24,8 +24,6 @@ from model import ActorCritic
 from train import worker_seed
 from workers import FINISH, STOP, CoreTurn, attempt, say
 
-STEPS_A_TURN = 20  # as many as a training worker's rollout has by default
-
 
 @torch.no_grad()
 def play_episode(
@@ -50,18 +48,15 @@ def play_episode(
             if stopped():
                 return None
             with turn:
-                for _ in range(STEPS_A_TURN):
-                    value, logits, state = model(torch.from_numpy(observation).unsqueeze(0), state)
-                    policy = logits.softmax(dim=1)[0].tolist()
-                    video.add_frame(observation, total_reward, value.item(), policy)
-                    action = max(actions, key=policy.__getitem__) if greedy else rng.choices(actions, policy)[0]
-                    observation, reward, terminated, truncated, _ = env.step(action)
-                    total_reward += reward
-                    length += 1
-                    done = terminated or truncated or length == max_length
-                    if done:
-                        video.add_frame(observation, total_reward, value.item(), policy)
-                        break
+                value, logits, state = model(torch.from_numpy(observation).unsqueeze(0), state)
+                policy = logits.softmax(dim=1)[0].tolist()
+                video.add_frame(observation, total_reward, value.item(), policy)
+                action = max(actions, key=policy.__getitem__) if greedy else rng.choices(actions, policy)[0]
+                observation, reward, terminated, truncated, _ = env.step(action)
+                total_reward += reward
+                length += 1
+                done = terminated or truncated or length == max_length
+        video.add_frame(observation, total_reward, value.item(), policy)
     return total_reward, length
 
 
@@ -72,16 +67,12 @@ def clock(seconds: float) -> str:
 
 def progress(args: argparse.Namespace, elapsed: float, before: float, num_steps: int) -> str:
     """Return how much of the run is done and how long the rest will take, where its end is known."""
-    ends = []  # fraction done, seconds left
+    sitting, ends = elapsed - before, []  # seconds left, fraction done
     if args.max_steps:
-        ends.append((num_steps / args.max_steps, (args.max_steps - num_steps) * elapsed / max(num_steps, 1)))
+        ends.append(((args.max_steps - num_steps) * elapsed / max(num_steps, 1), num_steps / args.max_steps))
     if args.max_time:
-        seconds = 3600 * args.max_time
-        ends.append(((elapsed - before) / seconds, seconds - (elapsed - before)))
-    if not ends:
-        return ""
-    done, left = min(ends, key=lambda end: end[1])
-    return f", {min(done, 1.0):.0%}, {clock(max(left, 0.0))} left"
+        ends.append((3600 * args.max_time - sitting, sitting / (3600 * args.max_time)))
+    return "".join(f", {min(done, 1.0):.0%}, {clock(max(left, 0.0))} left" for left, done in sorted(ends)[:1])
 
 
 def evaluate(args: argparse.Namespace, shared: RunState, start_time: float, run_folder: Path, life: int) -> None:
@@ -91,7 +82,7 @@ def evaluate(args: argparse.Namespace, shared: RunState, start_time: float, run_
     env = create_atari_env(args.env_name, render_mode="rgb_array")
     env.mean, env.std, env.num_frames = shared.observation_statistics.tolist()
     model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
-    turn = CoreTurn(run_folder, args.num_processes)
+    turn = CoreTurn(run_folder, args.num_processes, times=40)  # steps: as many as a training process makes by default
     log, curve = EpisodeLog(run_folder, int(shared.episodes)), run_folder / "learning_curve.png"
     scalars = Scalars(run_folder / "tensorboard" / "evaluator" if args.tensorboard else None)
     shared.ready[args.num_processes] = True

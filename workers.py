@@ -51,8 +51,9 @@ def attempt(path: Path, write: Callable[..., Any], *args: object) -> bool:
     """Call what writes to `path`; if that fails, as on a full disk, say so, return False and go on."""
     try:
         write(*args)
-    except (OSError, ValueError) as error:
-        complain(f"{path} not written: {getattr(error, 'strerror', None) or error}")
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        complain(f"{path} not written: {reason}")
         return False
     return True
 
@@ -102,21 +103,19 @@ class CoreTurn:
     """A context manager that lets one rollout per core run at a time; worker `rank` belongs to core `rank % cores`.
 
     The fewer rollouts are under way, the fresher the weights that each was acted with, and the fewer weights and
-    gradients compete for the caches: 12 % more steps/s with 16 processes on 2 cores. A worker keeps its turn for
-    ROLLOUTS of them, as each change of process finds cold caches: another 6 %.
+    gradients compete for the caches: 12 % more steps/s with 16 processes on 2 cores. A worker enters `times` times
+    before its turn is over, as each change of process finds cold caches: with two, another 6 %.
 
     The two locks of a core are bytes of a file, which the kernel frees when their holder dies, however it dies. Whoever
     is next in line holds the first lock while it waits for the second, so that a worker that comes straight back
     cannot overtake it.
     """
 
-    ROLLOUTS = 2
-
-    def __init__(self, run_folder: Path, rank: int) -> None:
+    def __init__(self, run_folder: Path, rank: int, times: int = 2) -> None:
         self._next_in_line = 1 + 2 * (rank % num_cores())  # byte 0 is the whole run's
         self._running = self._next_in_line + 1
         self._file = os.open(run_folder / ".turns", os.O_RDWR | os.O_CREAT, 0o666)
-        self._done = 0  # rollouts of this turn
+        self._times, self._done = times, 0
 
     def __enter__(self) -> Self:
         if fcntl and self._done == 0:
@@ -126,7 +125,7 @@ class CoreTurn:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done = (self._done + 1) % self.ROLLOUTS
+        self._done = (self._done + 1) % self._times
         if fcntl and self._done == 0:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._running)
 
