@@ -198,9 +198,11 @@ def run(args: argparse.Namespace) -> None:
     try:
         for cell in cells.values():
             cell.start()
-        for _ in range(args.rounds):
+        for number in range(args.rounds):
             for cell in cells.values():
                 cell.measure(args.seconds)
+            rates = (f"{program} at {n}: {cell.rates[-1]:.0f}" for (program, n), cell in cells.items())
+            print(f"round {number + 1}, steps/s: {', '.join(rates)}", file=sys.stderr)
     finally:
         for cell in cells.values():
             cell.stop()
