@@ -120,6 +120,7 @@ def evaluate(args: argparse.Namespace, shared: RunState, start_time: float, run_
 
 def play(agent: Path, args: argparse.Namespace) -> None:
     """Play a saved agent's episodes; a line for each, and a summary. Raises `ValueError` or `OSError`."""
+    torch.set_num_threads(1)  # with more, they mostly wait for each other, the longer the busier the machine
     env_name, model, statistics = load_agent(agent)
     env = create_atari_env(env_name, render_mode=args.render or "rgb_array")
     game = env.unwrapped.game

@@ -168,7 +168,9 @@ def agent(tmp_path_factory):
 
 
 def play(capsys, *argv):
+    torch.set_num_threads(2)
     evaluator.main(list(map(str, argv)))
+    assert torch.get_num_threads() == 1  # on a busy machine two took minutes for what one does in seconds
     return capsys.readouterr().out.splitlines()
 
 
