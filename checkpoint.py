@@ -166,11 +166,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load_agent(path: Path) -> tuple[str, ActorCritic, list[float]]:
-    """Return environment id, model and observation statistics of a run folder's best.pt, or of the file `path`.
+    """Return environment id, model and observation statistics of a run folder's best agent, or of the file `path`.
 
     Raises `ValueError` or `OSError`.
     """
-    path = path / "best.pt" if path.is_dir() else path
+    if path.is_dir():  # there is no best.pt before the first test game has ended
+        path = next((path / name for name in ("best.pt", "checkpoint.pt") if (path / name).exists()), path)
+    if not path.is_file():
+        raise ValueError(f"there is no agent in {path}: name a run folder, a best.pt or a checkpoint.pt")
     contents = read(path)
     try:
         env_name = contents["env_name"] if "env_name" in contents else contents["options"]["env_name"]

@@ -42,7 +42,7 @@ def read_episodes(run: Path) -> tuple[str, np.ndarray]:
     except (OSError, ValueError):
         numbers = []
     if not np.size(numbers) or not np.isfinite(numbers).all():
-        raise ValueError(f"{run} holds no test episodes: name a run folder, or its episodes.csv")
+        raise ValueError(f"{run} holds no test episodes yet: name run folders that do, or their episodes.csv")
     options = folder / "options.json"
     setting = json.loads(options.read_text()) if options.exists() else {"run": str(run)}
     return json.dumps({name: value for name, value in setting.items() if name not in NO_SETTING}), episodes
@@ -69,7 +69,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         for axis, column in zip(axes, ("reward", "length"), strict=True):
             curves = [(e["num_steps"] / 1e6, moving_mean(e[column])) for _, e in group]
             if len(group) == 1:
-                (steps, mean), label = curves[0], run.name if len(groups) > 1 else f"mean of {WINDOW} episodes"
+                (steps, mean), label = curves[0], run.name if len(groups) > 1 else f"mean of the last {WINDOW}"
                 if len(groups) == 1:
                     axis.plot(steps, episodes[column], colour, alpha=0.35, linewidth=0.7, label="one test episode")
             else:
@@ -78,7 +78,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
                 mean, spread = several.mean(axis=0), several.std(axis=0)
                 label = "mean of " + ", ".join(run.name for run, _ in group)
                 axis.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
-            axis.plot(steps, mean, colour, linewidth=1.8, label=label)
+            axis.plot(steps, mean, colour, linewidth=1.8, label=label, marker="." if len(steps) == 1 else None)
     axes[0].set_ylabel("reward of a test episode")
     axes[1].set_ylabel("length in steps")
     axes[1].set_xlabel("training steps in millions")
@@ -188,12 +188,12 @@ def draw_mind(
     seen = ((observation[0] - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
     panel[52:178, 12:138] = cv2.resize(seen, (126, 126), interpolation=cv2.INTER_NEAREST)[..., np.newaxis]
 
-    text(f"value {values[-1]:+.2f}, and over the last 5 s", 12, 204, GREEN)
+    text(f"value {values[-1]:+.2f}, the last 5 s", 12, 204, GREEN)
     top, bottom, left, right = 214, 274, 12, width - 12
     limit = max(1.0, *map(abs, values))
     middle = (top + bottom) // 2
     cv2.line(panel, (left, middle), (right, middle), GREY, 1)
-    text(f"top {limit:+.1f}", right - 52, 204, GREY)
+    text(f"{-limit:.1f} to {limit:.1f}", right - 80, 204, GREY)
     x = right - np.arange(len(values))[::-1] * (right - left) / values.maxlen
     points = np.stack([x, middle - np.array(values) / limit * (bottom - top) / 2], axis=1)
     cv2.polylines(panel, [points.round().astype(np.int32)], False, GREEN, 1, cv2.LINE_AA)

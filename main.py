@@ -46,8 +46,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
         except ValueError:
             value = math.nan
         if not low <= value <= high or math.isinf(value):
-            name = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"must be a {name}{limits}, not '{text}'")
+            raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number{limits}, not '{text}'")
         return value
 
     return parse
@@ -68,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--save-dir", type=Path, help="run folder; None: runs/<env-name>-<k>, the next free k")
     run.add_argument("--resume", type=Path, metavar="RUN", help="go on with this folder's run, with its options")
     run.add_argument("--checkpoint-interval", type=number(float, 1), default=60.0, help="seconds between checkpoints")
-    run.add_argument("--record-every", type=number(int, 0), default=100, help="test episodes to a video; 0: never")
+    run.add_argument("--record-every", type=number(int, 0), default=100, help="record every n-th test episode; 0: none")
     run.add_argument("--annotate", action="store_true", help="show in the videos what the agent sees and thinks")
     run.add_argument("--tensorboard", action="store_true", help="write event files, too; needs pip install tensorboard")
     learn = parser.add_argument_group("learning")
@@ -99,7 +98,7 @@ def load_run(args: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namesp
     """Return the options and the checkpoint of the run to resume; raise `OSError` or `ValueError` if it cannot be."""
     path = args.resume / "checkpoint.pt"
     if not path.is_file():
-        raise ValueError(f"{args.resume} is no run to resume: there is no {path}")
+        raise ValueError(f"{args.resume} is no run's folder: there is no {path}")
     checkpoint = read(path)
     if not isinstance(checkpoint.get("options"), dict):
         raise ValueError(f"{path} is not a checkpoint")
@@ -188,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         watch.save()
     how = f"Stopped by {signal.Signals(watch.signal).name}" if watch.signal else "Done" if well else "Gave up"
-    resume = f"python main.py --resume {shlex.quote(str(run_folder))}"
+    resume = shlex.join([sys.orig_argv[0], sys.argv[0], "--resume", str(run_folder)])
     if args.max_steps is not None and state.steps.sum() >= args.max_steps:
         resume += f" --max-steps {2 * args.max_steps}"
     workers.say(f"{how} after {state.steps.sum()} steps; the run lies in {run_folder}, and goes on with: {resume}")

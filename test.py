@@ -148,9 +148,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.error = fail
     parser.add_argument("agent", type=Path, nargs="?", help="run folder, best.pt or checkpoint.pt")
     parser.add_argument("--plot", type=Path, nargs="+", metavar="RUN", help="draw these runs into comparison.png")
-    parser.add_argument("--episodes", type=number(int, 1), default=10)
+    parser.add_argument("--episodes", type=number(int, 1), default=10, help="to play (default: 10)")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest action instead of sampling")
-    parser.add_argument("--seed", type=number(int, 0), default=1)
+    parser.add_argument("--seed", type=number(int, 0), default=1, help="of games and sampling (default: 1)")
     parser.add_argument("--record", type=Path, metavar="FILE", help="video of the first episode, .mp4 or .gif")
     parser.add_argument("--annotate", action="store_true", help="the agent's mind beside the recorded game")
     parser.add_argument("--render", choices=("human",), help="show the game on the screen")
@@ -173,4 +173,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -175,10 +175,11 @@ def supervise(jobs: list[Job], ready: Any, stop: Any, life: Any, run_folder: Pat
     deaths, stopped_at = {job.rank: [] for job in jobs}, None
     while to_start or running:
         tick()
+        if stop[0] >= FINISH:
+            to_start = []
         if stop[0] >= STOP:
             stopped_at = stopped_at or time.monotonic()
             out_of_time = stop[0] == STOP_AT_ONCE or time.monotonic() - stopped_at > GRACE
-            to_start = []
             for job, process, _ in running.values():
                 if out_of_time or not ready[job.rank]:
                     process.kill()

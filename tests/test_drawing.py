@@ -1,5 +1,8 @@
 import json
 import random
+import signal
+import subprocess
+import sys
 from collections import deque
 
 import cv2
@@ -187,6 +190,20 @@ def test_an_evaluation_is_repeatable_and_its_episodes_differ(agent, capsys):
     assert play(capsys, agent, *argv, "--seed", 2) != lines
 
 
+def test_a_run_stopped_before_its_first_test_game_can_be_played(agent, tmp_path, capsys):
+    (tmp_path / "checkpoint.pt").write_bytes((agent / "checkpoint.pt").read_bytes())
+    assert play(capsys, tmp_path, "--episodes", 1)[1].startswith("1 episodes: mean ")
+
+
+def test_ctrl_c_while_playing_is_no_traceback(agent):
+    command = [sys.executable, evaluator.__file__, agent, "--episodes", "100"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("episode 0, ")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == ""
+    assert process.returncode == 130
+
+
 def test_a_greedy_game_without_chance_says_so_and_is_recorded(tmp_path, monkeypatch, capsys):
     args = options(env_name="BoxingDeterministic-v4")
     torch.manual_seed(0)
@@ -206,7 +223,7 @@ def test_a_greedy_game_without_chance_says_so_and_is_recorded(tmp_path, monkeypa
     [
         ("", "name an agent to play (a run folder, best.pt), or --plot runs"),
         ("AGENT --plot AGENT", "name an agent to play (a run folder, best.pt), or --plot runs"),
-        ("missing", "No such file or directory"),
+        ("missing", "there is no agent in missing: name a run folder"),
         ("TEXT", "is damaged, or not one of this program's files"),
         ("AGENT --episodes 0", "argument --episodes: must be a whole number of at least 1"),
         ("AGENT --record game.avi", "argument --record: must be an .mp4 or .gif file"),
@@ -215,7 +232,7 @@ def test_a_greedy_game_without_chance_says_so_and_is_recorded(tmp_path, monkeypa
             "argument --record: must be an .mp4 or .gif file in a folder that is there",
         ),
         ("AGENT --render human", "argument --render: there is no display here; try --record"),
-        ("--plot AGENT", "holds no test episodes: name a run folder, or its episodes.csv"),
+        ("--plot AGENT", "holds no test episodes yet: name run folders that do"),
         ("--plot missing", "holds no test episodes"),
         ("--plot TEXT", "holds no test episodes"),
         ("--plot EMPTY", "holds no test episodes"),

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from imageio_ffmpeg import count_frames_and_secs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -50,7 +51,7 @@ def freeze(pids):
 
 
 def goes_on_with(folder):
-    return f"the run lies in {folder}, and goes on with: python main.py --resume {folder}"
+    return f"the run lies in {folder}, and goes on with: {sys.executable} {ROOT / 'main.py'} --resume {folder}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -334,6 +335,22 @@ def test_a_process_that_dies_again_and_again_ends_the_run(tmp_path, capsys):
     assert "ValueError: nothing to do" in file.read_text()
     assert len(reports) == 4
     assert reports[3].endswith("that was 4 times in ten minutes, so the run ends")
+
+
+def finish(started, ready, stop, life):
+    started += 1
+    stop[0] = workers.FINISH
+    ready[0] = True
+
+
+def test_processes_not_yet_started_are_not_when_the_end_has_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "num_cores", lambda: 1)
+    resource_tracker.ensure_running()
+    started, stop = (torch.zeros(1, dtype=torch.int64).share_memory_() for _ in range(2))
+    ready = torch.zeros(3, dtype=torch.int64).share_memory_()
+    jobs = [workers.Job(f"process {n}", n, finish, (started, ready, stop)) for n in range(3)]
+    assert workers.supervise(jobs, ready, stop, torch.zeros(1, dtype=torch.int64), tmp_path, lambda: None)
+    assert started.item() == 1
 
 
 def test_deaths_while_starting_count_too(tmp_path):
