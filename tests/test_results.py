@@ -1,0 +1,32 @@
+"""What is published must stay true: drift of environment, preprocessing or network would show here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import test as evaluator
+from drawing import draw_curves, read_episodes
+
+RESULTS = Path(__file__).parents[1] / "results"
+RUNS = sorted(path.parent for path in RESULTS.glob("*/episodes.csv"))
+
+
+def test_the_published_agent_wins(capsys):
+    evaluator.main([str(RESULTS / "Pong-v0.pt"), "--episodes", "2", "--seed", "5", "--json"])
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["min"] > 0
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_a_published_run_is_whole_and_can_be_drawn_again(run, tmp_path):
+    _, episodes = read_episodes(run)
+    assert list(episodes["episode"]) == list(range(len(episodes)))
+    for column in "num_steps", "time_s":
+        assert all(episodes[column][1:] > episodes[column][:-1])
+    draw_curves([run], tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 20_000
+
+
+def test_a_run_of_pong_is_published():
+    assert RESULTS / "Pong-v0" in RUNS
