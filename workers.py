@@ -175,8 +175,8 @@ def supervise(jobs: list[Job], ready: Any, stop: Any, life: Any, run_folder: Pat
     deaths, stopped_at = {job.rank: [] for job in jobs}, None
     while to_start or running:
         tick()
-        if stop[0] >= FINISH:
-            to_start = []
+        if stop[0] >= FINISH:  # whoever has died is still started anew, to finish
+            to_start = [job for job in to_start if deaths[job.rank] and stop[0] < STOP]
         if stop[0] >= STOP:
             stopped_at = stopped_at or time.monotonic()
             out_of_time = stop[0] == STOP_AT_ONCE or time.monotonic() - stopped_at > GRACE
