@@ -19,13 +19,14 @@ from checkpoint import WINDOW, write
 from workers import attempt
 
 NO_SETTING = ("seed", "save_dir", "resume", "max_steps", "max_time", "target_reward", "record_every", "annotate")
+RECENT = 20  # test episodes; the mean over WINDOW of them lags an hour behind when sixteen processes train
 WHITE, GREY, GREEN, BLUE = (235, 235, 235), (120, 120, 120), (110, 220, 110), (110, 170, 255)
 
 
-def moving_mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean of the last WINDOW values at each, of all so far while they are fewer."""
+def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Return the mean of the last `window` values at each, of all so far while they are fewer."""
     sums = np.cumsum(np.insert(values, 0, 0.0))
-    first = np.maximum(np.arange(len(values)) + 1 - WINDOW, 0)
+    first = np.maximum(np.arange(len(values)) + 1 - window, 0)
     return (sums[1:] - sums[first]) / (np.arange(len(values)) + 1 - first)
 
 
@@ -51,8 +52,9 @@ def read_episodes(run: Path) -> tuple[str, np.ndarray]:
 def draw_curves(runs: list[Path], path: Path) -> None:
     """Draw the test episodes' reward and length over training steps to a PNG file.
 
-    One run: a thin line for each episode and the moving mean, with hours on a second axis. Several: the moving means,
-    and where runs have all options but the seed in common, the mean over them with a band of one standard deviation.
+    One run: a thin line for each episode and its moving means, over RECENT and over WINDOW episodes, with hours on a
+    second axis. Several: the means over RECENT, and where runs have all options but the seed in common, the mean over
+    them with a band of one standard deviation.
     Raises `OSError` or `ValueError`.
     """
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it tells that it builds a cache
@@ -67,11 +69,13 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     for number, group in enumerate(groups.values()):
         colour, (run, episodes) = f"C{number}", group[0]
         for axis, column in zip(axes, ("reward", "length"), strict=True):
-            curves = [(e["num_steps"] / 1e6, moving_mean(e[column])) for _, e in group]
+            curves = [(e["num_steps"] / 1e6, moving_mean(e[column], RECENT)) for _, e in group]
             if len(group) == 1:
-                (steps, mean), label = curves[0], run.name if len(groups) > 1 else f"mean of the last {WINDOW}"
+                (steps, mean), label = curves[0], run.name if len(groups) > 1 else f"mean of the last {RECENT}"
                 if len(groups) == 1:
                     axis.plot(steps, episodes[column], colour, alpha=0.35, linewidth=0.7, label="one test episode")
+                    slow = moving_mean(episodes[column], WINDOW)
+                    axis.plot(steps, slow, "black", linestyle=":", label=f"mean of the last {WINDOW}")
             else:
                 steps = np.linspace(max(s[0] for s, _ in curves), min(s[-1] for s, _ in curves), 500)
                 several = np.array([np.interp(steps, s, m) for s, m in curves])

@@ -129,6 +129,9 @@ def test_the_learning_curve_of_a_run(tmp_path):
     assert columns.max() > 0.9 * width
     left, right = heights[columns < 0.3 * width].mean(), heights[columns > 0.8 * width].mean()
     assert left - right > 0.2 * height  # it rises
+    middle = (columns > 0.5 * width) & (columns < 0.8 * width)
+    below = [picture[int(y) + 118 : int(y) + 170, x].max(axis=1).min() for x, y in zip(columns, heights, strict=True)]
+    assert (np.array(below)[middle] < 90).any()  # the mean over 100 lags behind the one over 20
     dark = picture.max(axis=2) < 90
     assert dark[: int(0.04 * height)].any()  # hours, above
     assert dark[int(0.97 * height) :].any()  # training steps, below
@@ -151,7 +154,7 @@ def test_several_runs_in_one_picture_through_the_command_line(tmp_path, monkeypa
 
 def test_the_moving_mean_is_of_all_so_far_and_then_of_a_hundred():
     values = np.arange(250.0)
-    means = moving_mean(values)
+    means = moving_mean(values, 100)
     assert means[0] == 0
     assert means[9] == 4.5
     assert means[99] == 49.5

@@ -1,0 +1,76 @@
+"""The README's tables of results, made from the runs' own: python tests/results_table.py results/Pong-v0
+
+A row for each run, and their mean and standard deviation if there are several: how far it came, and when the mean of
+the last 20 test games first reached each of `--levels`. Then the mean score of the test games that ended in each
+million of training steps.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from checkpoint import WINDOW
+from drawing import RECENT, moving_mean, read_episodes
+
+
+def row(*cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def first_at(episodes, level):
+    """Training steps in millions and minutes when the mean of the last RECENT games first was `level`; NaN if never."""
+    reached = moving_mean(episodes["reward"], RECENT) >= level
+    reached[: RECENT - 1] = False
+    if not reached.any():
+        return [np.nan, np.nan]
+    at = reached.argmax()
+    return [episodes["num_steps"][at] / 1e6, episodes["time_s"][at] / 60]
+
+
+def summary(episodes, levels):
+    """The figures of one run, in the order of the table's columns."""
+    reward, last = episodes["reward"], episodes[-1]
+    ends = [moving_mean(reward, window)[-1] for window in (RECENT, WINDOW)]
+    so_far = [last["num_steps"] / 1e6, last["time_s"] / 60, len(episodes), *ends]
+    return np.array([*so_far, *(figure for level in levels for figure in first_at(episodes, level))])
+
+
+def print_tables(runs, levels):
+    names, tables = [run.name for run in runs], [read_episodes(run)[1] for run in runs]
+    figures = np.array([summary(episodes, levels) for episodes in tables])
+    columns = ["run", "M steps", "minutes", "test games", f"last {RECENT}", f"last {WINDOW}"]
+    for level in levels:
+        columns += [f"{level:g} after M steps", "minutes"]
+    digits = [2, 0, 0, 1, 1] + [2, 0] * len(levels)
+    print(row(*columns))
+    print(row(*["---"] * len(columns)))
+    for name, numbers in zip(names, figures, strict=True):
+        cells = ("never" if np.isnan(x) else f"{x:.{d}f}" for x, d in zip(numbers, digits, strict=True))
+        print(row(name, *cells))
+    if len(runs) > 1:
+        means, spreads = figures.mean(axis=0), figures.std(axis=0)
+        cells = (
+            "" if np.isnan(m) else f"{m:.{d}f} ± {s:.{d}f}" for m, s, d in zip(means, spreads, digits, strict=True)
+        )
+        print(row("mean ± std", *cells))
+
+    print()
+    millions = int(max(episodes["num_steps"][-1] for episodes in tables) // 1e6) + 1
+    print(row("M steps", *(f"{n}-{n + 1}" for n in range(millions))))
+    print(row(*["---"] * (millions + 1)))
+    for name, episodes in zip(names, tables, strict=True):
+        stretch = (episodes["num_steps"] // 1e6).astype(int)
+        scores = (episodes["reward"][stretch == n] for n in range(millions))
+        print(row(name, *(f"{s.mean():.1f}" if len(s) else "" for s in scores)))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("--levels", type=float, nargs="*", default=[18.0, 20.0])
+    args = parser.parse_args()
+    print_tables(args.runs, args.levels)
