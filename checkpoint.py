@@ -1,6 +1,7 @@
 """What a run is: in shared memory while it goes on, in checkpoint.pt between its sittings, in best.pt for everybody."""
 
 import argparse
+import copy
 import io
 import os
 import zipfile
@@ -131,9 +132,12 @@ def copy_exactly(source: Tensor, target: Tensor) -> None:
 
 
 def dump(contents: dict[str, Any]) -> bytes:
-    """Return what torch.save writes: into memory, as on a full disk it would raise RuntimeError."""
+    """Return what torch.save writes: into memory, as on a full disk it would raise RuntimeError.
+
+    A copy is written: while it is, workers go on changing what is shared, and the checksums would not fit.
+    """
     buffer = io.BytesIO()
-    torch.save(contents, buffer)
+    torch.save(copy.deepcopy(contents), buffer)
     return buffer.getvalue()
 
 

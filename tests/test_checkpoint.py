@@ -1,6 +1,7 @@
 import math
 import os
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,28 @@ def saved(tmp_path):
         state.count_episode(reward, (0.4, 0.2, 1234))
     state.save(tmp_path, options(), elapsed=12.5)
     return tmp_path, state
+
+
+def test_a_checkpoint_is_whole_though_workers_go_on_learning(saved):
+    folder, state = saved
+    stop = threading.Event()
+
+    def learn_on():
+        while not stop.is_set():
+            for tensor in state.optimizers[0].state.values():
+                tensor["exp_avg"].add_(1)
+
+    workers = [threading.Thread(target=learn_on) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    try:
+        for _ in range(20):
+            state.save(folder, options(), elapsed=12.5)
+            read(folder / "checkpoint.pt")
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
 
 
 def test_a_restored_run_learns_on_to_the_same_bits(saved):
