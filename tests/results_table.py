@@ -1,8 +1,8 @@
 """The README's tables of results, made from the runs' own: python tests/results_table.py results/Pong-v0
 
-A row for each run, and their mean and standard deviation if there are several: how far it came, and when the mean of
-the last 20 test games first reached each of `--levels`. Then the mean score of the test games that ended in each
-million of training steps.
+A row for each run, and mean and standard deviation of runs that differ in nothing but the seed: how far it came, and
+when the mean of the last 20 test games first reached each of `--levels`. Then the mean score of the test games that
+ended in each stretch of training steps.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def summary(episodes, levels):
 
 
 def print_tables(runs, levels):
-    names, tables = [run.name for run in runs], [read_episodes(run)[1] for run in runs]
+    names, (settings, tables) = [run.name for run in runs], zip(*map(read_episodes, runs), strict=True)
     figures = np.array([summary(episodes, levels) for episodes in tables])
     columns = ["run", "M steps", "minutes", "test games", f"last {RECENT}", f"last {WINDOW}"]
     for level in levels:
@@ -51,7 +51,7 @@ def print_tables(runs, levels):
     for name, numbers in zip(names, figures, strict=True):
         cells = ("never" if np.isnan(x) else f"{x:.{d}f}" for x, d in zip(numbers, digits, strict=True))
         print(row(name, *cells))
-    if len(runs) > 1:
+    if len(runs) > 1 and len(set(settings)) == 1:
         means, spreads = figures.mean(axis=0), figures.std(axis=0)
         cells = (
             "" if np.isnan(m) else f"{m:.{d}f} ± {s:.{d}f}" for m, s, d in zip(means, spreads, digits, strict=True)
@@ -59,12 +59,14 @@ def print_tables(runs, levels):
         print(row("mean ± std", *cells))
 
     print()
-    millions = int(max(episodes["num_steps"][-1] for episodes in tables) // 1e6) + 1
-    print(row("M steps", *(f"{n}-{n + 1}" for n in range(millions))))
-    print(row(*["---"] * (millions + 1)))
+    end = max(episodes["num_steps"][-1] for episodes in tables) / 1e6
+    width = 1 + int(end // 12)  # of a column, so that there are at most 12
+    starts = range(0, int(end) + 1, width)
+    print(row("M steps", *(f"{start}-{start + width}" for start in starts)))
+    print(row(*["---"] * (len(starts) + 1)))
     for name, episodes in zip(names, tables, strict=True):
-        stretch = (episodes["num_steps"] // 1e6).astype(int)
-        scores = (episodes["reward"][stretch == n] for n in range(millions))
+        column = (episodes["num_steps"] / 1e6 // width).astype(int)
+        scores = (episodes["reward"][column == n] for n in range(len(starts)))
         print(row(name, *(f"{s.mean():.1f}" if len(s) else "" for s in scores)))
 
 

@@ -1,6 +1,9 @@
 """What is published must stay true: drift of environment, preprocessing or network would show here."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,8 @@ import pytest
 import test as evaluator
 from drawing import draw_curves, read_episodes
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
 RUNS = sorted(path.parent for path in RESULTS.glob("*/episodes.csv"))
 
 
@@ -30,3 +34,15 @@ def test_a_published_run_is_whole_and_can_be_drawn_again(run, tmp_path):
 
 def test_a_run_of_pong_is_published():
     assert RESULTS / "Pong-v0" in RUNS
+
+
+def test_the_tables_of_the_readme_are_those_that_the_runs_give():
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^    python (tests/results_table\.py .+)$", readme, re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        table = subprocess.run(f"{sys.executable} {command}", shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert table.returncode == 0, table.stderr
+        assert table.stdout.count("|") > 30
+        for line in table.stdout.splitlines():
+            assert line in readme
