@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from results_table import first_at
 
 import test as evaluator
 from drawing import draw_curves, read_episodes
@@ -34,6 +36,14 @@ def test_a_published_run_is_whole_and_can_be_drawn_again(run, tmp_path):
 
 def test_a_run_of_pong_is_published():
     assert RESULTS / "Pong-v0" in RUNS
+
+
+def test_a_level_is_reached_when_the_mean_of_the_last_twenty_first_is_there():
+    episodes = np.zeros(60, dtype=[("reward", float), ("num_steps", float), ("time_s", float)])
+    episodes["reward"][0], episodes["reward"][30:] = 20, 20  # the first game alone is no mean of twenty
+    episodes["num_steps"], episodes["time_s"] = np.arange(60) * 1e6, np.arange(60) * 60
+    assert list(first_at(episodes, 18)) == [47, 47]  # games 28 to 47: two of 0, eighteen of 20
+    assert np.isnan(first_at(episodes, 20.5)).all()
 
 
 def test_the_tables_of_the_readme_are_those_that_the_runs_give():
