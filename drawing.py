@@ -18,7 +18,7 @@ from torch import Tensor
 from checkpoint import WINDOW, write
 from workers import attempt
 
-NO_SETTING = ("seed", "save_dir", "resume", "max_steps", "max_time", "target_reward", "record_every", "annotate")
+NO_SETTING = ("seed", "save_dir", "resume", "max_time", "target_reward", "record_every", "annotate")
 RECENT = 20  # test episodes; the mean over WINDOW of them lags an hour behind when sixteen processes train
 WHITE, GREY, GREEN, BLUE = (235, 235, 235), (120, 120, 120), (110, 220, 110), (110, 170, 255)
 
@@ -31,7 +31,7 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def read_episodes(run: Path) -> tuple[str, np.ndarray]:
-    """Return the run's setting (its options but for the seed) and its episodes, (n,) with the CSV's columns as fields.
+    """Return the run's setting (what it learns by, but for the seed) and its episodes, (n,) with the CSV's columns as fields.
 
     `run` is a run folder or a CSV file. Raises `ValueError` if there is no episode in it.
     """
@@ -46,6 +46,8 @@ def read_episodes(run: Path) -> tuple[str, np.ndarray]:
         raise ValueError(f"{run} holds no test episodes yet: name run folders that do, or their episodes.csv")
     options = folder / "options.json"
     setting = json.loads(options.read_text()) if options.exists() else {"run": str(run)}
+    if setting.get("lr_schedule") != "linear":  # there, the run's end sets the learning rate
+        setting.pop("max_steps", None)
     return json.dumps({name: value for name, value in setting.items() if name not in NO_SETTING}), episodes
 
 

@@ -15,7 +15,7 @@ from test_train import options
 import main
 import test as evaluator
 from checkpoint import EpisodeLog, RunState
-from drawing import BLUE, GREEN, Video, draw_curves, draw_mind, moving_mean
+from drawing import BLUE, GREEN, Video, draw_curves, draw_mind, moving_mean, read_episodes
 from envs import create_atari_env
 from model import ActorCritic
 
@@ -150,6 +150,16 @@ def test_several_runs_in_one_picture_through_the_command_line(tmp_path, monkeypa
     assert heights[0] < heights[1]  # the three end higher than the flat one
     band = np.abs(picture[upper].astype(int) - (235, 226, 210)).max(axis=2) < 14
     assert band.sum() > 500
+
+
+def test_runs_that_learn_alike_are_seeds_of_one_setting(tmp_path):
+    linear = {"lr_schedule": "linear"}
+    same = {"seed": 2, "max_steps": 5_000_000, "record_every": 0}
+    changes = [{}, same, {"lr": 0.5}, linear | {"max_steps": 1_000_000}, linear | {"max_steps": 2_000_000}]
+    runs = [write_run(tmp_path / str(n), episodes=1, **more) for n, more in enumerate(changes)]
+    settings = [read_episodes(run)[0] for run in runs]
+    assert settings[0] == settings[1]
+    assert len(set(settings)) == 4
 
 
 def test_the_moving_mean_is_of_all_so_far_and_then_of_a_hundred():
