@@ -31,7 +31,7 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def read_episodes(run: Path) -> tuple[str, np.ndarray]:
-    """Return the run's setting (what it learns by, but for the seed) and its episodes, (n,) with the CSV's columns as fields.
+    """Return what the run learns by, but for the seed, and its episodes, (n,) with the CSV's columns as fields.
 
     `run` is a run folder or a CSV file. Raises `ValueError` if there is no episode in it.
     """
