@@ -1,8 +1,8 @@
 """The README's tables of results, made from the runs' own: python tests/results_table.py results/Pong-v0
 
 A row for each run, and mean and standard deviation of runs that differ in nothing but the seed: how far it came, and
-when the mean of the last 20 test games first reached each of `--levels`. Then the mean score of the test games that
-ended in each stretch of training steps.
+when the mean of the last 20 test games first reached each of `--levels`. Then the mean score and the mean length of the
+test games that ended in each stretch of training steps.
 """
 
 import argparse
@@ -58,16 +58,17 @@ def print_tables(runs, levels):
         )
         print(row("mean ± std", *cells))
 
-    print()
     end = max(episodes["num_steps"][-1] for episodes in tables) / 1e6
     width = 1 + int(end // 12)  # of a column, so that there are at most 12
     starts = range(0, int(end) + 1, width)
-    print(row("M steps", *(f"{start}-{start + width}" for start in starts)))
-    print(row(*["---"] * (len(starts) + 1)))
-    for name, episodes in zip(names, tables, strict=True):
-        column = (episodes["num_steps"] / 1e6 // width).astype(int)
-        scores = (episodes["reward"][column == n] for n in range(len(starts)))
-        print(row(name, *(f"{s.mean():.1f}" if len(s) else "" for s in scores)))
+    for title, field, digits in ("score after M steps", "reward", 1), ("length in steps", "length", 0):
+        print()
+        print(row(title, *(f"{start}-{start + width}" for start in starts)))
+        print(row(*["---"] * (len(starts) + 1)))
+        for name, episodes in zip(names, tables, strict=True):
+            column = (episodes["num_steps"] / 1e6 // width).astype(int)
+            games = (episodes[field][column == n] for n in range(len(starts)))
+            print(row(name, *(f"{g.mean():.{digits}f}" if len(g) else "" for g in games)))
 
 
 if __name__ == "__main__":
