@@ -322,7 +322,12 @@ def supervised(tmp_path, target):
     ready = torch.zeros(1, dtype=torch.int64).share_memory_()
     stop, life = torch.zeros(1, dtype=torch.int64).share_memory_(), torch.zeros(1, dtype=torch.int64)
     job = workers.Job("training process 0", 0, target, (ready,))
-    well = workers.supervise([job], ready, stop, life, tmp_path, lambda: None)
+
+    def end_a_run_without_end():
+        if life > 2 * workers.MAX_DEATHS:
+            stop[0] = workers.STOP_AT_ONCE
+
+    well = workers.supervise([job], ready, stop, life, tmp_path, end_a_run_without_end)
     return well, life.item()
 
 
