@@ -3,7 +3,17 @@
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+def laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return `gradient` with the parameter's strides, copied if it has others.
+
+    The fused kernel runs through memory and asks nothing, so another layout would give each weight another's gradient.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 class SharedAdam(torch.optim.Adam):
@@ -37,7 +47,7 @@ class SharedAdam(torch.optim.Adam):
         group, states = self.param_groups[0], self.state.values()
         steps, exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
         torch._foreach_add_(steps, 1)
-        gradients, (beta1, beta2) = [p.grad for p in group["params"]], group["betas"]
+        gradients, (beta1, beta2) = [laid_out_like(p, p.grad) for p in group["params"]], group["betas"]
         numbers = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": 0.0}
         flags = {"amsgrad": False, "maximize": False}
         torch._fused_adam_(group["params"], gradients, exp_avgs, exp_avg_sqs, [], steps, **numbers, **flags)

@@ -130,7 +130,10 @@ def train(rank: int, args: argparse.Namespace, shared: RunState, run_folder: Pat
             # gives the gradient that one grown while acting would give, but sooner.
             values, logits = model.unroll([x[:T] for x in pictures], first_state)
             loss, parts = a3c_loss(logits, values, actions, rewards, bootstrap, args)
-            gradients = torch.autograd.grad(loss, parameters)
+            # backward() lays each gradient out as its parameter lies in memory, whatever the backend prefers.
+            model.zero_grad()
+            loss.backward()
+            gradients = [parameter.grad for parameter in parameters]
 
             # Update the shared weights, without a lock.
             norm = torch.nn.utils.get_total_norm(gradients)

@@ -10,7 +10,7 @@ from train import hand_over_gradients
 def set_gradients(model, seed):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.mark.parametrize("lr", [1e-4, 1e-2])

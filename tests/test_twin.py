@@ -1,6 +1,8 @@
 """The fast worker against the textbook one (textbook.py)."""
 
+import contextlib
 import random
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,7 @@ from test_train import options
 from envs import create_atari_env
 from model import ActorCritic
 from my_optim import SharedAdam
-from train import a3c_loss
+from train import a3c_loss, hand_over_gradients
 
 
 def stored_rollout(length, terminated, seed=0):
@@ -41,21 +43,78 @@ def act_and_unroll(model, rollout):
     return *model.unroll([x[:-1] for x in pictures], rollout.state), bootstrap
 
 
-@pytest.mark.parametrize(("length", "terminated"), [(20, False), (20, True), (7, True), (1, False)])
-def test_one_batch_gives_the_gradient_of_the_graph_that_grew_step_by_step(length, terminated):
+# A torch without oneDNN, as the one for macOS, takes other kernels, whose gradients lie in memory in another order.
+backends = pytest.mark.parametrize(("onednn", "nnpack"), [(True, True), (False, True), (False, False)])
+
+
+@contextlib.contextmanager
+def backend(onednn, nnpack):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TF32 acceleration")  # for graphics cards, says who asks for the flags
+        with torch.backends.mkldnn.flags(enabled=onednn), torch.backends.nnpack.flags(enabled=nnpack):
+            yield
+
+
+def gradients_of(model, rollout, args):
+    """Return the gradients that the worker computes and those of its twin."""
+    values, logits, bootstrap = act_and_unroll(model, rollout)
+    loss, _ = a3c_loss(logits, values, rollout.actions, rollout.rewards, bootstrap, args)
+    model.zero_grad()
+    loss.backward()
+    twin = textbook.create_model(1, 6)
+    twin.load_state_dict(model.state_dict())
+    return [p.grad for p in model.parameters()], textbook.rollout_gradient(twin, **vars(rollout), args=args)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("length", "terminated"), [(20, False), (20, True), (16, False), (15, False), (7, True), (1, False)]
+)
+def test_one_batch_gives_the_gradient_of_the_graph_that_grew_step_by_step(length, terminated, onednn, nnpack):
     rollout, args = stored_rollout(length, terminated), options(gae_lambda=0.9)
     torch.manual_seed(1)
     model = ActorCritic(1, 6)
-    values, logits, bootstrap = act_and_unroll(model, rollout)
-    loss, _ = a3c_loss(logits, values, rollout.actions, rollout.rewards, bootstrap, args)
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    twin = textbook.create_model(1, 6)
-    twin.load_state_dict(model.state_dict())
-    expected = textbook.rollout_gradient(twin, **vars(rollout), args=args)
+    with backend(onednn, nnpack):
+        gradients, expected = gradients_of(model, rollout, args)
     for (name, parameter), gradient, its_twin in zip(model.named_parameters(), gradients, expected, strict=True):
         assert gradient.stride() == parameter.stride(), name  # the fused Adam runs through memory
         assert its_twin.norm() > 0, name
         assert (gradient - its_twin).norm() <= 1e-4 * its_twin.norm(), name
+
+
+@backends
+@pytest.mark.parametrize("length", [1, 15, 16, 20])
+def test_three_updates_move_the_weights_as_the_twins_gradients_through_adam_do(length, onednn, nnpack):
+    torch.manual_seed(1)
+    model, twin = ActorCritic(1, 6), textbook.create_model(1, 6)
+    twin.load_state_dict(model.state_dict())
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer, twin_optimizer = SharedAdam(model.parameters()), torch.optim.Adam(twin.parameters(), lr=1e-4)
+    for seed in range(3):
+        with backend(onednn, nnpack):
+            gradients, _ = gradients_of(model, stored_rollout(length, False, seed), options())
+        hand_over_gradients(gradients, list(model.parameters()))
+        for its_twin, gradient in zip(twin.parameters(), gradients, strict=True):
+            its_twin.grad = torch.empty_like(its_twin).copy_(gradient)
+        optimizer.step()
+        twin_optimizer.step()
+    for (name, p), its_twin, start in zip(model.named_parameters(), twin.parameters(), before, strict=True):
+        change, expected = (p - start).flatten(), (its_twin - start).flatten()
+        assert torch.cosine_similarity(change, expected, dim=0) > 0.999, name
+
+
+def test_adam_reads_a_gradient_in_another_memory_order_right():
+    torch.manual_seed(1)
+    model, twin = ActorCritic(1, 6), textbook.create_model(1, 6)
+    twin.load_state_dict(model.state_dict())
+    optimizer, twin_optimizer = SharedAdam(model.parameters()), torch.optim.Adam(twin.parameters(), lr=1e-4)
+    for parameter, its_twin in zip(model.parameters(), twin.parameters(), strict=True):
+        parameter.grad = its_twin.grad = torch.randn(parameter.shape)  # contiguous; the weights are channels_last
+    assert model.conv2.weight.grad.stride() != model.conv2.weight.stride()
+    optimizer.step()
+    twin_optimizer.step()
+    for parameter, its_twin in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach().contiguous(), its_twin.detach())
 
 
 def test_acting_and_learning_see_the_same_policy():
