@@ -1,10 +1,11 @@
 """The game as the network sees it: Atari through ale-py, 42x42 grey pictures, normalised.
 
-gym 0.26 has no plug-in for today's ale-py, which brings every ROM along but registers with Gymnasium alone.
-`AtariEnv` is that plug-in: a `gym.Env` straight over the emulator.
+gym 0.26 has no plug-in for today's ale-py, which brings every ROM along but registers with
+Gymnasium alone. `AtariEnv` is that plug-in: a `gym.Env` straight over the emulator.
 """
 
 import difflib
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,7 +17,9 @@ from ale_py import roms
 from gym import spaces
 
 cv2.setNumThreads(1)  # a 42x42 picture gives a pool of threads nothing to do
-ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # before the first emulator, or it prints a banner
+ale_py.ALEInterface.setLoggerMode(
+    ale_py.LoggerMode.Error
+)  # before the first emulator, or it prints a banner
 
 FRAMES_PER_SECOND = 60  # of the console, when played by a person
 MAX_FRAMES_PER_EPISODE = 108_000  # 30 minutes of play
@@ -45,18 +48,25 @@ def atari_games() -> dict[str, AtariGame]:
 
 
 def find_game(env_id: str) -> AtariGame:
-    """Return the game that `env_id` stands for; raise `ValueError`, with the closest ids, if there is none."""
+    """Return the game of an id; raise `ValueError`, with the closest ids, if there is none."""
     games = atari_games()
     if env_id not in games:
         spelling = {known.lower(): known for known in games}
-        close = [spelling[c] for c in difflib.get_close_matches(env_id.lower(), spelling, cutoff=0.7)]
-        hint = f"did you mean {' or '.join(close)}?" if close else "ids look like Pong-v0 or ALE/Pong-v5"
+        close = [
+            spelling[c] for c in difflib.get_close_matches(env_id.lower(), spelling, cutoff=0.7)
+        ]
+        hint = (
+            f"did you mean {' or '.join(close)}?"
+            if close
+            else "ids look like Pong-v0 or ALE/Pong-v5"
+        )
         raise ValueError(f"unknown environment '{env_id}': {hint}")
     return games[env_id]
 
 
 class AtariEnv(gym.Env):
-    """One Atari game; an observation is the screen as indices into the game's palette, (height, width) uint8.
+    """One Atari game; an observation is the screen as indices into the game's palette, (height,
+    width) uint8.
 
     Raises `ValueError` for an unknown id or render mode.
     """
@@ -66,7 +76,7 @@ class AtariEnv(gym.Env):
     def __init__(self, env_id: str, render_mode: str | None = None) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"unknown render mode {render_mode!r}: use 'rgb_array' or 'human'")
-        self.game = find_game(env_id)
+        self.env_id, self.game = env_id, find_game(env_id)
         self.render_mode = render_mode
         mean_frame_skip = (self.game.frame_skip[0] + self.game.frame_skip[1] - 1) / 2
         self.metadata = AtariEnv.metadata | {"render_fps": FRAMES_PER_SECOND / mean_frame_skip}
@@ -76,6 +86,7 @@ class AtariEnv(gym.Env):
         if render_mode == "human":
             self.ale.setBool("display_screen", True)
             self.ale.setBool("sound", True)
+        self._frame_skips: Iterator[int] = iter(())
         self._load_seeded_rom()
         self._actions = self.ale.getMinimalActionSet()
         self.action_names = [action.name for action in self._actions]
@@ -87,24 +98,37 @@ class AtariEnv(gym.Env):
         self.ale.setInt("random_seed", int(self.np_random.integers(2**31)))
         self.ale.loadROM(roms.get_rom_path(self.game.rom))
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode; a `seed` reseeds the emulator and the frame skip."""
         super().reset(seed=seed, options=options)
         if seed is not None:
             self._load_seeded_rom()
+            self._frame_skips = iter(())
         self.ale.reset_game()
         return self.ale.getScreen(), self._info()
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Hold `action` for the game's frame skip; return the last frame and the summed reward."""
         ale_action = self._actions[action]
-        frames = self.np_random.integers(*self.game.frame_skip)
-        reward = sum(self.ale.act(ale_action) for _ in range(frames))
+        reward = sum(self.ale.act(ale_action) for _ in range(self._draw_frame_skip()))
         terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
         return self.ale.getScreen(), float(reward), terminated, truncated, self._info()
 
+    def _draw_frame_skip(self) -> int:
+        frames = next(self._frame_skips, None)
+        if frames is None:  # a thousand at a time: one alone would take as long as half a frame
+            self._frame_skips = iter(
+                self.np_random.integers(*self.game.frame_skip, size=1000).tolist()
+            )
+            frames = next(self._frame_skips)
+        return frames
+
     def render(self) -> np.ndarray | None:
-        """Return the screen, (height, width, 3) uint8; None with "human", where the emulator draws by itself."""
+        """Return the screen, (height, width, 3) uint8; None with "human", where the emulator draws
+        by itself.
+        """
         return self.ale.getScreenRGB() if self.render_mode == "rgb_array" else None
 
     def _info(self) -> dict[str, Any]:
@@ -112,10 +136,12 @@ class AtariEnv(gym.Env):
 
 
 def process_screen(screen: np.ndarray, greys: np.ndarray) -> np.ndarray:
-    """Turn a screen, (height, width) uint8, into the (1, 42, 42) float32 picture of `greys`, (256,) float32, of it.
+    """Turn a screen, (height, width) uint8, into the (1, 42, 42) float32 picture of `greys`, (256,)
+    float32, of it.
 
-    Rows 34 to 193 hold the playing field. Going by way of 80x80 keeps every pixel of it in the picture: bilinear
-    interpolation reads four neighbours only, and from 160 straight to 42 it would step over a ball of 2x4 pixels.
+    Rows 34 to 193 hold the playing field. Going by way of 80x80 keeps every pixel of it in the
+    picture: bilinear interpolation reads four neighbours only, and from 160 straight to 42 it would
+    step over a ball of 2x4 pixels.
     """
     field = cv2.LUT(screen[34:194], greys)
     # For one half, INTER_AREA gives bilinear's numbers in half the time.
@@ -124,10 +150,12 @@ def process_screen(screen: np.ndarray, greys: np.ndarray) -> np.ndarray:
 
 
 class ProcessedScreen(gym.ObservationWrapper):
-    """The picture of `process_screen` as the observation, grey being the mean of the three channels, in [0, 1].
+    """The picture of `process_screen` as the observation, grey being the mean of the three
+    channels, in [0, 1].
 
-    Looking the palette's indices up is a quarter of the cost of reading three channels and averaging them. The emulator
-    does not tell its palettes (there are several), so a colour is learnt when it first appears.
+    Looking the palette's indices up is a quarter of the cost of reading three channels and
+    averaging them. The emulator does not tell its palettes (there are several), so a colour is
+    learnt when it first appears.
     """
 
     def __init__(self, env: gym.Env) -> None:
@@ -139,38 +167,48 @@ class ProcessedScreen(gym.ObservationWrapper):
         """Process one screen."""
         picture = process_screen(observation, self.greys)
         if np.isnan(picture.max()):
-            self.greys[observation] = self.unwrapped.ale.getScreenRGB().mean(axis=2, dtype=np.float32) / 255
+            self.greys[observation] = (
+                self.unwrapped.ale.getScreenRGB().mean(axis=2, dtype=np.float32) / 255
+            )
             picture = process_screen(observation, self.greys)
         return picture
 
 
 class NormalizedObservation(gym.ObservationWrapper):
-    """(frame - mean) / (std + 1e-8), with running averages of the frames' own means and standard deviations.
+    """(frame - mean) / (std + 1e-8), with running averages of the frames' own means and standard
+    deviations.
 
-    Both are scalars over the whole picture, exponential averages with decay 0.9999 since the environment was made
-    (across episodes), divided by 1 - 0.9999^n as they start from zero, like Adam's moments (Kingma and Ba 2015,
-    section 3).
+    Both averages are scalars over the whole picture, exponential averages with decay 0.9999 since
+    the environment was made (across episodes), divided by 1 - 0.9999^n as they start from zero,
+    like Adam's moments (Kingma and Ba 2015, section 3).
     """
 
     DECAY = 0.9999
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
-        self.observation_space = spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-        self.mean, self.std, self.num_frames = 0.0, 0.0, 0
+        self.observation_space = spaces.Box(
+            -np.inf, np.inf, env.observation_space.shape, np.float32
+        )
+        # All that it knows: the two averages before their correction, and the number of frames in
+        # them.
+        self.statistics: tuple[float, float, int] = (0.0, 0.0, 0)
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
         """Take one frame into the averages and normalise it with them."""
-        mean, std = cv2.meanStdDev(observation[0])
-        self.num_frames += 1
-        self.mean += (1 - self.DECAY) * (mean.item() - self.mean)
-        self.std += (1 - self.DECAY) * (std.item() - self.std)
-        correction = 1 - self.DECAY**self.num_frames
-        return (observation - self.mean / correction) / (self.std / correction + 1e-8)
+        mean, std, num_frames = self.statistics
+        frame_mean, frame_std = cv2.meanStdDev(observation[0])
+        mean += (1 - self.DECAY) * (frame_mean.item() - mean)
+        std += (1 - self.DECAY) * (frame_std.item() - std)
+        num_frames += 1
+        self.statistics = mean, std, num_frames
+        correction = 1 - self.DECAY**num_frames
+        return (observation - mean / correction) / (std / correction + 1e-8)
 
 
 def create_atari_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """Return the game `env_id` with observations (1, 42, 42) float32, normalised, and unclipped rewards.
+    """Return the game `env_id` with observations (1, 42, 42) float32, normalised, and unclipped
+    rewards.
 
     Raises `ValueError` for an unknown id or render mode ("rgb_array", "human" or None).
     """

@@ -1,198 +1,305 @@
-"""A3C on Atari: training processes and one test process around a shared actor-critic and a shared Adam."""
+"""A3C on Atari: training workers and one test worker around a shared actor-critic and a shared
+Adam.
+
+python main.py --env-name Pong-v0 --num-processes 16
+"""
+
+from harness import workers  # first: harness/__init__.py exits where the rest cannot run
+
+if __name__ == "__main__":
+    workers.end_at_once_on_signals()  # nothing has started, and what follows takes seconds
 
 import argparse
 import contextlib
 import importlib.util
 import itertools
 import json
-import math
 import os
 import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
-
-import workers
-
-if __name__ == "__main__":  # before the imports that take seconds, so that these two hold during them, too
-    workers.hold_signals()
-elif __name__ == "__mp_main__":  # a spawned process
-    workers.watch_main_process()
+from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 
-from checkpoint import RunState, read, write
 from envs import create_atari_env, find_game
+from harness import utils
+from harness.checkpoint import SharedState, describe_versions, read_checkpoint
+from harness.episodes import EpisodeLog
+from harness.utils import complain, fail, number, one_of, reason, say
 from test import evaluate
 from train import train
 
 
-def fail(message: str) -> NoReturn:
-    """Say in one line what is wrong with the input, and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def add_run_options(add: Callable[..., Any]) -> None:
+    """Add the options that say what is run, how long, and what is written."""
+    count, path, switch = number(int, 1), utils.nonempty_path, argparse.BooleanOptionalAction
+    add("--env-name", default="Pong-v0", help="Atari game; test.py --games lists them")
+    add("--num-processes", type=number(int, 1, 1024), default=4, help="training workers")
+    add("--max-steps", type=count, help="training steps of all workers; None: run on")
+    add("--max-time", type=number(float, 0, 1e6), help="hours of this session; None: run on")
+    add("--target-reward", type=number(float), help="mean of 100 test episodes to stop at")
+    add("--max-episode-length", type=count, default=1_000_000, help="steps that cut an episode")
+    add("--seed", type=number(int, 0), default=1, help="of weights, games and sampling")
+    add("--save-dir", type=path, help="run folder; None: runs/<env-name>-<k>, the next free k")
+    add("--resume", type=path, metavar="RUN", help="go on with this run, with its options")
+    seconds = number(float, 1)
+    add("--checkpoint-interval", type=seconds, default=60.0, help="seconds between checkpoints")
+    every = number(int, 0)
+    add("--record-every", type=every, default=100, help="record each n-th test episode; 0: none")
+    add("--annotate", action=switch, default=False, help="videos show what the agent sees, thinks")
+    needs = "write event files; needs pip install tensorboard"
+    add("--tensorboard", action=switch, default=False, help=needs)
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], int | float]:
-    """Return an argparse type for a finite int or float in [low, high]."""
-    limits = f" from {low} to {high}" if high < math.inf else f" of at least {low}" if low > -math.inf else ""
+def add_learning_options(add: Callable[..., Any]) -> None:
+    """Add the hyper-parameters."""
+    weight, fraction = number(float, 0), number(float, 0, 1)
+    schedule = {"type": one_of("constant", "linear"), "metavar": "{constant,linear}"}
+    linear = "linear: to zero at --max-steps"
+    add("--lr", type=weight, default=1e-4, help="Adam's learning rate")
+    add("--lr-schedule", **schedule, default="constant", help=linear)
+    add("--gamma", type=fraction, default=0.99, help="discount of a reward one step later")
+    add("--gae-lambda", type=fraction, default=1.0, help="lambda of the advantage estimates")
+    add("--entropy-coef", type=weight, default=0.01, help="weight of the entropy bonus")
+    add("--entropy-schedule", **schedule, default="constant", help=linear)
+    add("--value-loss-coef", type=weight, default=0.5, help="weight of the value loss")
+    add("--max-grad-norm", type=weight, default=50.0, help="norm to clip gradients to")
+    add("--num-steps", type=number(int, 1, 10_000), default=20, help="steps of a rollout")
+    add("--no-shared", action="store_true", help="give each training worker an Adam of its own")
+    add("--shared", action="store_false", dest="no_shared", help=argparse.SUPPRESS)  # undoes it
 
-    def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number{limits}, not '{text}'")
-        return value
 
-    return parse
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all options."""
+    parser = argparse.ArgumentParser("main.py", description=__doc__.splitlines()[0])
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.error = fail  # one line, without the usage
+    add_run_options(parser.add_argument_group("the run").add_argument)
+    add_learning_options(parser.add_argument_group("learning").add_argument)
+    return parser
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (or `argv`); exit with status 2 and one line if something is wrong with it."""
-    parser = argparse.ArgumentParser("main.py", description=__doc__)
-    parser.formatter_class, parser.error = argparse.ArgumentDefaultsHelpFormatter, fail  # one line, without the usage
-    run = parser.add_argument_group("the run")
-    run.add_argument("--env-name", default="Pong-v0", help="Atari game, as in Pong-v0 or ALE/Pong-v5")
-    run.add_argument("--num-processes", type=number(int, 1), default=4, help="training processes")
-    run.add_argument("--max-steps", type=number(int, 1), help="training steps over all processes; None: run on")
-    run.add_argument("--max-time", type=number(float, 0), help="hours of this sitting; None: run on")
-    run.add_argument("--target-reward", type=number(float), help="to stop at: mean of the last 100 test episodes")
-    run.add_argument("--max-episode-length", type=number(int, 1), default=1_000_000, help="steps that cut an episode")
-    run.add_argument("--seed", type=number(int, 0), default=1, help="of weights, games and sampling")
-    run.add_argument("--save-dir", type=Path, help="run folder; None: runs/<env-name>-<k>, the next free k")
-    run.add_argument("--resume", type=Path, metavar="RUN", help="go on with this folder's run, with its options")
-    run.add_argument("--checkpoint-interval", type=number(float, 1), default=60.0, help="seconds between checkpoints")
-    run.add_argument("--record-every", type=number(int, 0), default=100, help="record every n-th test episode; 0: none")
-    run.add_argument("--annotate", action="store_true", help="show in the videos what the agent sees and thinks")
-    run.add_argument("--tensorboard", action="store_true", help="write event files, too; needs pip install tensorboard")
-    learn = parser.add_argument_group("learning")
-    learn.add_argument("--lr", type=number(float, 0), default=1e-4, help="Adam's learning rate")
-    learn.add_argument("--lr-schedule", choices=("constant", "linear"), default="constant", help="linear ends at zero")
-    learn.add_argument("--gamma", type=number(float, 0, 1), default=0.99, help="discount of a reward one step later")
-    learn.add_argument("--gae-lambda", type=number(float, 0, 1), default=1.0, help="lambda of the advantage estimates")
-    learn.add_argument("--entropy-coef", type=number(float, 0), default=0.01, help="weight of the entropy bonus")
-    learn.add_argument("--value-loss-coef", type=number(float, 0), default=0.5, help="weight of the value loss")
-    learn.add_argument("--max-grad-norm", type=number(float, 0), default=50.0, help="norm to clip gradients to")
-    learn.add_argument("--num-steps", type=number(int, 1), default=20, help="steps of a rollout")
-    learn.add_argument("--no-shared", action="store_true", help="give each process an Adam of its own")
+def parse_args(argv: list[str] | None = None, **defaults: Any) -> argparse.Namespace:
+    """Parse the command line (or `argv`); exit with status 2 and one line if something is wrong
+    with it.
+
+    `defaults` take the place of the options' own. A text among them is converted and checked as if
+    it had been typed, as argparse does. To resume a run, `prepare` parses twice: first to find the
+    run, then with the run's options as defaults.
+    """
+    parser = make_parser()
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     try:
         find_game(args.env_name)
     except ValueError as error:
-        fail(str(error))
+        fail(error)
     if args.resume and args.save_dir:
         fail("argument --save-dir: a run that is resumed stays in its folder")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         fail("argument --tensorboard: the package is missing: pip install tensorboard")
-    if args.lr_schedule == "linear" and args.max_steps is None:
-        fail("argument --lr-schedule: linear needs --max-steps, where the learning rate reaches zero")
+    options_are_known = defaults or not args.resume
+    for name in "lr", "entropy":
+        linear = vars(args)[f"{name}_schedule"] == "linear"
+        if linear and args.max_steps is None and options_are_known:
+            fail(f"argument --{name}-schedule: linear needs --max-steps, where it reaches zero")
     return args
 
 
-def load_run(args: argparse.Namespace, argv: list[str]) -> tuple[argparse.Namespace, dict]:
-    """Return the options and the checkpoint of the run to resume; raise `OSError` or `ValueError` if it cannot be."""
-    path = args.resume / "checkpoint.pt"
-    if not path.is_file():
-        raise ValueError(f"{args.resume} is no run's folder: there is no {path}")
-    checkpoint = read(path)
-    if not isinstance(checkpoint.get("options"), dict):
-        raise ValueError(f"{path} is not a checkpoint")
-    # The run's own options come first, as if they had been typed, so that those typed now win.
-    own = {f"--{name}".replace("_", "-"): v for name, v in checkpoint["options"].items() if v not in (None, False)}
-    args = parse_args([*(name if v is True else f"{name}={v}" for name, v in own.items()), *argv])
-    if args.env_name != own.get("--env-name"):
-        raise ValueError(f"the run in {args.resume} plays {own.get('--env-name')}, not {args.env_name}")
+def options_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's own options, as defaults for `parse_args`.
+
+    Raises `ValueError` if this version lacks one of them, or if one cannot have its value.
+    """
+    known = vars(make_parser().parse_args([]))
+    options = checkpoint["options"]
+    unknown = [str(name) for name in options if name not in known or name in ("resume", "save_dir")]
+    if unknown:
+        made_with = describe_versions(checkpoint)
+        raise ValueError(
+            f"the run was made by another version of this program (with {made_with}): "
+            f"this one has no option {', '.join(unknown)}"
+        )
+    for name, value in options.items():
+        is_switch = isinstance(known[name], bool)
+        if isinstance(value, bool) != is_switch or (value is None and known[name] is not None):
+            raise ValueError(f"the run's option {name} cannot be {value!r}")
+    return {k: v if isinstance(v, bool | None) else str(v) for k, v in options.items()}
+
+
+def find_run(
+    args: argparse.Namespace, argv: list[str] | None
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Return the options and the checkpoint of the run to resume.
+
+    Raises `OSError` or `ValueError` if it cannot be resumed.
+    """
+    checkpoint = read_checkpoint(args.resume)
+    own = options_of(checkpoint)  # those typed now win
+    args = parse_args(argv, **own)
+    if args.env_name != own.get("env_name", args.env_name):
+        raise ValueError(f"the run in {args.resume} plays {own['env_name']}, not {args.env_name}")
     return args, checkpoint
 
 
+def refuse_if_over(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> None:
+    """Raise `ValueError` if the run to resume has reached its end."""
+    if shared.has_made(args.max_steps):
+        raise ValueError(f"the run has made its {args.max_steps} steps: name a higher --max-steps")
+    if EpisodeLog(run_folder, shared.total_steps()).has_reached(args.target_reward):
+        raise ValueError(
+            f"the run has reached its {args.target_reward}: name a higher --target-reward"
+        )
+
+
 def make_run_folder(args: argparse.Namespace) -> Path:
-    """Make the folder that a new run writes to; raise `OSError`, or `ValueError` if it is another run's."""
-    if args.save_dir is None:
-        for k in itertools.count(1):
-            folder = Path("runs", f"{args.env_name.replace('/', '-')}-{k}")
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True)
-                return folder
-    args.save_dir.mkdir(parents=True, exist_ok=True)
-    if any((args.save_dir / name).exists() for name in ("options.json", "episodes.csv", "checkpoint.pt", "videos")):
-        raise ValueError(f"{args.save_dir} already holds a run: name another folder, or --resume it")
+    """Make the folder that a new run writes to.
+
+    Raises `OSError` if it cannot be written, `ValueError` if it is another run's.
+    """
+    try:
+        if args.save_dir is None:
+            Path("runs").mkdir(exist_ok=True)
+            for k in itertools.count(1):
+                folder = Path("runs", f"{args.env_name.replace('/', '-')}-{k}")
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir()
+                    return folder
+        args.save_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write the run: {error}") from error
+    files = "options.json", "episodes.csv", "checkpoint.pt", "best.pt", "videos"
+    if any(os.path.lexists(args.save_dir / name) for name in files):
+        raise ValueError(
+            f"{args.save_dir} already holds a run: name another folder, or --resume it"
+        )
     return args.save_dir
 
 
-class Watch:
-    """What the main process does while the others work: it looks at signals and clocks, and saves."""
+def prepare(
+    argv: list[str] | None, until_the_end: contextlib.ExitStack
+) -> tuple[argparse.Namespace, SharedState, Path]:
+    """Make or find the run that is asked for; return its options, its shared state, its folder.
 
-    def __init__(self, args: argparse.Namespace, state: RunState, run_folder: Path) -> None:
-        self.args, self.state, self.run_folder = args, state, run_folder
-        self.started = self.saved = self.told = time.time()
-        self.signal, self.dropped = None, 0
-
-    def save(self) -> None:
-        """Write the checkpoint."""
-        self.saved = time.time()
-        self.state.save(self.run_folder, self.args, self.state.elapsed + self.saved - self.started)
-
-    def tick(self) -> None:
-        """Do what is due."""
-        for number in workers.signals_held():
-            self.state.stop[0] = workers.STOP_AT_ONCE if self.signal == number == signal.SIGINT else workers.STOP
-            self.signal = self.signal or number
-        now = time.time()
-        if self.args.max_time is not None and now - self.started > 3600 * self.args.max_time:
-            self.state.stop.clamp_(min=workers.FINISH)
-        if now - self.saved > self.args.checkpoint_interval:
-            self.save()
-        if now - self.told > 60 and self.state.dropped.sum() > self.dropped:
-            self.told, self.dropped = now, int(self.state.dropped.sum())
-            workers.complain(f"{self.dropped} rollouts so far dropped, as loss or gradient was not finite")
+    The folder's lock is held `until_the_end`. Exits with status 2 and one line if there cannot be
+    such a run; no process has started by then.
+    """
+    args, checkpoint = parse_args(argv), None
+    try:
+        if args.resume:
+            args, checkpoint = find_run(args, argv)
+        torch.manual_seed(args.seed)
+        env = create_atari_env(args.env_name)
+        shared = SharedState(args, env.observation_space.shape[0], env.action_space.n)
+        if checkpoint:
+            shared.restore(checkpoint)
+        run_folder = args.resume or make_run_folder(args)
+        until_the_end.enter_context(workers.run_folder_locked(run_folder))
+        if checkpoint:
+            refuse_if_over(args, shared, run_folder)
+        (run_folder / "videos").mkdir(exist_ok=True)
+        options = json.dumps(vars(args), indent=2, default=str) + "\n"
+        utils.write(options.encode(), run_folder / "options.json")
+    except (OSError, ValueError) as error:
+        fail(error)
+    return args, shared, run_folder
 
 
 def main(argv: list[str] | None = None) -> int:
     """Start the processes, watch over them, and return the exit status."""
-    args, checkpoint = parse_args(argv), None
-    try:
-        if args.resume:
-            args, checkpoint = load_run(args, sys.argv[1:] if argv is None else argv)
-        run_folder = args.resume or make_run_folder(args)
-        workers.lock(run_folder)
-        os.environ |= workers.ENVIRONMENT | {workers.MAIN_PROCESS: str(os.getpid())}
-        torch.manual_seed(args.seed)
-        env = create_atari_env(args.env_name)
-        state = RunState(args, env.observation_space.shape[0], env.action_space.n)
-        if checkpoint:
-            state.restore(checkpoint)
-            state.refuse_if_over(args)
-        (run_folder / "videos").mkdir(exist_ok=True)
-        write(json.dumps(vars(args), indent=2, default=str).encode(), run_folder / "options.json")
-    except OSError as error:
-        fail(f"cannot write the run: {error}")
-    except ValueError as error:
-        fail(str(error))
+    with contextlib.ExitStack() as until_the_end:
+        until_the_end.enter_context(workers.signals_held())
+        args, shared, run_folder = prepare(argv, until_the_end)
+        say(
+            f"A3C on {args.env_name}: {args.num_processes} training workers and one test worker.\n"
+            f"All of it lies in {run_folder}: table, curve, videos, checkpoint, best agent. "
+            "Ctrl-C stops the run."
+        )
+        return run(args, shared, run_folder)
 
-    workers.say(
-        f"A3C on {args.env_name}: {args.num_processes} training processes and one test process.\n"
-        f"All of it lies in {run_folder}: table, curve, videos, checkpoint, best agent. Ctrl-C stops the run."
+
+def create_jobs(
+    args: argparse.Namespace, shared: SharedState, run_folder: Path, started: float
+) -> list[workers.Job]:
+    """Return what each worker does; the test worker is among the first to start."""
+    n = args.num_processes
+    jobs = [
+        workers.Job(f"training worker {rank}", rank, train, (rank, args, shared, run_folder))
+        for rank in range(n)
+    ]
+    jobs.insert(1, workers.Job("test worker", n, evaluate, (args, shared, started, run_folder)))
+    return jobs
+
+
+def run(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> int:
+    """Start the workers, look at signals and clocks until they have ended, and save.
+
+    Returns the exit status.
+    """
+    os.environ |= workers.ENVIRONMENT
+    started = last_save = last_report = time.monotonic()
+    jobs = create_jobs(args, shared, run_folder, started)
+    # A forked child of a program with threads may hang, on macOS above all.
+    spawn = mp.get_context("spawn")
+    supervisor = workers.Supervisor(
+        spawn, jobs, shared.ready, shared.stop, shared.restarts, run_folder
     )
-    watch = Watch(args, state, run_folder)
-    n, job, start_time = args.num_processes, workers.Job, watch.started - state.elapsed
-    jobs = [job(f"training process {rank}", rank, train, (rank, args, state, run_folder)) for rank in range(n)]
-    jobs.insert(1, job("test process", n, evaluate, (args, state, start_time, run_folder)))
+    ended_by, gave_up, all_up, dropped = None, False, False, 0
     try:
-        well = workers.supervise(jobs, state.ready, state.stop, state.life, run_folder, watch.tick)
-    finally:
-        watch.save()
-    how = f"Stopped by {signal.Signals(watch.signal).name}" if watch.signal else "Done" if well else "Gave up"
-    resume = shlex.join([sys.orig_argv[0], sys.argv[0], "--resume", str(run_folder)])
-    if args.max_steps is not None and state.steps.sum() >= args.max_steps:
-        resume += f" --max-steps {2 * args.max_steps}"
-    workers.say(f"{how} after {state.steps.sum()} steps; the run lies in {run_folder}, and goes on with: {resume}")
-    return 128 + watch.signal if watch.signal else 0 if well else 1
+        with supervisor:
+            for _ in supervisor.watch():
+                now = time.monotonic()
+                ended_by = ended_by or workers.next_signal()
+                if ended_by:
+                    shared.request_stop(workers.STOP)
+                if args.max_time is not None and now - started > 3600 * args.max_time:
+                    shared.request_stop(workers.FINISH)
+                if now - last_save > args.checkpoint_interval:
+                    last_save = now
+                    shared.save(run_folder, args, shared.elapsed + now - started)
+                if not all_up and shared.stop == workers.GO_ON and supervisor.all_ready():
+                    all_up = True
+                    up = f"All {len(jobs)} are up after {now - started:.0f} s."
+                    say(f"{up} A line follows for each test episode.")
+                if now - last_report > 60 and shared.dropped.sum() > dropped:
+                    last_report, dropped = now, int(shared.dropped.sum())
+                    complain(
+                        f"{dropped} rollouts so far dropped, as loss or gradient was not finite"
+                    )
+    except Exception as error:  # whatever it is, no worker may go on training for nobody
+        gave_up = True
+        complain(f"error: {reason(error)}")
+        if not isinstance(error, workers.DiedTooOftenError):
+            path = run_folder / "traceback-main.txt"
+            with utils.report_write_errors(path):
+                path.write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
+    shared.save(run_folder, args, shared.elapsed + time.monotonic() - started)
+    if ended_by:
+        outcome, status = f"Stopped by {signal.Signals(ended_by).name}", 128 + ended_by
+    else:
+        outcome, status = ("Gave up", 1) if gave_up else ("Done", 0)
+    say(
+        f"{outcome} after {shared.total_steps()} steps; the run lies in {run_folder}, "
+        f"and goes on with: {command_to_resume(args, shared, run_folder)}"
+    )
+    return status
+
+
+def command_to_resume(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> str:
+    """Return the command that goes on with the run, as this one was typed."""
+    script = sys.argv[0] if __name__ == "__main__" else __file__
+    folder = f"./{run_folder}" if str(run_folder).startswith("-") else str(run_folder)
+    command = [sys.orig_argv[0], script, "--resume", folder]
+    if shared.has_made(args.max_steps):
+        command += ["--max-steps", str(2 * args.max_steps)]
+    return shlex.join(command)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # all is said and saved; taking an interpreter with torch down costs a second

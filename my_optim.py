@@ -6,32 +6,25 @@ import torch
 from torch import Tensor, nn
 
 
-def laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """Return `gradient` with the parameter's strides, copied if it has others.
-
-    The fused kernel runs through memory and asks nothing, so another layout would give each weight another's gradient.
-    """
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
-
-
 class SharedAdam(torch.optim.Adam):
     """`torch.optim.Adam` with moments and step counts made at once, in shared memory.
 
-    Workers step it without a lock (Hogwild, Recht et al. 2011), so now and then one increment of the step count is
-    lost: a few in 100,000, which moves nothing but Adam's bias correction, by less than can be measured.
+    Workers step it without a lock (Hogwild, Recht et al. 2011), so now and then one increment of
+    the step count is
+    lost: a few in 100,000, which moves nothing but Adam's bias correction, by less than can be
+    measured.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float = 1e-4) -> None:
         super().__init__(params, lr=lr, fused=True)
         params = self.param_groups[0]["params"]
-        # All state lies in one block: a shared block costs every process a file descriptor, and with --no-shared
-        # there is an optimiser for each worker.
+        # All state lies in one block: a shared block costs every process a file descriptor, and
+        # with --no-shared there is an optimiser for each worker.
         sizes = [size for p in params for size in (1, p.numel(), p.numel())]
         block = iter(torch.zeros(sum(sizes)).share_memory_().split(sizes))
         for p in params:
-            # The fused kernel runs through memory: moments must have the parameter's strides, not only its shape.
+            # The fused kernel runs through memory: moments must have the parameter's strides, not
+            # only its shape.
             self.state[p] = {
                 "step": next(block).view(()),
                 "exp_avg": next(block).as_strided(p.shape, p.stride()),
@@ -40,14 +33,38 @@ class SharedAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update the parameters from their gradients, by the kernel that Adam's own `fused` step comes to.
+        """Update the parameters from their gradients, by the kernel that Adam's own `fused` step
+        comes to.
 
-        The way there takes as long again as the kernel, and imports PyTorch's compiler: 800 modules, 1.1 s a process.
+        The way there takes as long again as the kernel, and imports PyTorch's compiler: 800
+        modules, 1.1 s a process.
         """
-        group, states = self.param_groups[0], self.state.values()
-        steps, exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+        group = self.param_groups[0]
+        params, states = group["params"], self.state.values()
+        steps = [state["step"] for state in states]
+        exp_avgs = [state["exp_avg"] for state in states]
+        exp_avg_sqs = [state["exp_avg_sq"] for state in states]
+        gradients = [_laid_out_like(p, p.grad) for p in params]
+        beta1, beta2 = group["betas"]
         torch._foreach_add_(steps, 1)
-        gradients, (beta1, beta2) = [laid_out_like(p, p.grad) for p in group["params"]], group["betas"]
-        numbers = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": 0.0}
-        flags = {"amsgrad": False, "maximize": False}
-        torch._fused_adam_(group["params"], gradients, exp_avgs, exp_avg_sqs, [], steps, **numbers, **flags)
+        torch._fused_adam_(
+            *(params, gradients, exp_avgs, exp_avg_sqs, [], steps),
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=0.0,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return `gradient` with the parameter's strides, copied if it has others.
+
+    The fused kernel runs through memory and asks nothing: another layout would give each weight
+    another's gradient.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)

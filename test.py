@@ -1,7 +1,11 @@
-"""The evaluator: in a run, a process that plays the shared agent all the time; by itself, it plays a saved agent.
+"""The test worker, which plays the shared agent all the time; by itself, it plays a saved agent.
 
-python test.py runs/Pong-v0-1 --episodes 10 --record pong.mp4        (The unit tests are in tests/, not here.)
+python test.py runs/Pong-v0-1 --episodes 10 --record pong.mp4
+
+The unit tests are not here but in tests/.
 """
+
+import harness  # noqa: F401, I001 - first: it exits where the rest cannot run
 
 import argparse
 import json
@@ -17,12 +21,24 @@ import gym
 import numpy as np
 import torch
 
-from checkpoint import EpisodeLog, RunState, load_agent
-from drawing import Scalars, Video, draw_curves
-from envs import create_atari_env
+from envs import atari_games, create_atari_env
+from harness import utils
+from harness.checkpoint import BestAgent, SharedState, load_agent, valid_statistics
+from harness.episodes import (
+    Episode,
+    EpisodeLog,
+    Scalars,
+    as_table,
+    draw_comparison,
+    draw_curve,
+    read_episodes,
+)
+from harness.utils import fail, number, say, report_write_errors
+from harness.video import Video
+from harness.workers import FINISH, STOP, CoreTurn
 from model import ActorCritic
-from train import worker_seed
-from workers import FINISH, STOP, CoreTurn, attempt, say
+
+DRAW_EVERY = 60.0  # seconds, the learning curve
 
 
 @torch.no_grad()
@@ -51,12 +67,18 @@ def play_episode(
                 value, logits, state = model(torch.from_numpy(observation).unsqueeze(0), state)
                 policy = logits.softmax(dim=1)[0].tolist()
                 video.add_frame(observation, total_reward, value.item(), policy)
-                action = max(actions, key=policy.__getitem__) if greedy else rng.choices(actions, policy)[0]
+                if greedy:
+                    action = max(actions, key=policy.__getitem__)
+                else:
+                    action = rng.choices(actions, policy)[0]
                 observation, reward, terminated, truncated, _ = env.step(action)
-                total_reward += reward
-                length += 1
-                done = terminated or truncated or length == max_length
-        video.add_frame(observation, total_reward, value.item(), policy)
+            total_reward += reward
+            length += 1
+            done = terminated or truncated or length == max_length
+        if video.is_on:  # the picture that the last action led to
+            value, logits, _ = model(torch.from_numpy(observation).unsqueeze(0), state)
+            policy = logits.softmax(dim=1)[0].tolist()
+            video.add_frame(observation, total_reward, value.item(), policy)
     return total_reward, length
 
 
@@ -65,111 +87,197 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 3600:02d}h {int(seconds) // 60 % 60:02d}m"
 
 
-def progress(args: argparse.Namespace, elapsed: float, before: float, num_steps: int) -> str:
-    """Return how much of the run is done and how long the rest will take, where its end is known."""
-    sitting, ends = elapsed - before, []  # seconds left, fraction done
+def console_line(row: Episode, mean: float, left: str, fps_now: float) -> str:
+    """Return what the console says of a test episode; FPS is the mean since the run's start."""
+    return (
+        f"Time {clock(row.time_s)} {int(row.time_s) % 60:02d}s, num steps {row.num_steps}, "
+        f"FPS {row.fps}, episode reward {row.reward:.1f}, episode length {row.length}, "
+        f"mean100 {mean:.1f}{left}, FPS now {fps_now:.0f}"
+    )
+
+
+def progress(
+    args: argparse.Namespace, session: float, num_steps: int, steps_per_second: float
+) -> str:
+    """Return how much of the run is done and how long the rest will take, where its end is known.
+
+    `session` is the seconds of this session, `steps_per_second` the present rate.
+    """
+    ends = []  # seconds left, fraction done
     if args.max_steps:
-        ends.append(((args.max_steps - num_steps) * elapsed / max(num_steps, 1), num_steps / args.max_steps))
+        seconds_left = max(args.max_steps - num_steps, 0) / max(steps_per_second, 1e-3)
+        ends.append((seconds_left, num_steps / args.max_steps))
     if args.max_time:
-        ends.append((3600 * args.max_time - sitting, sitting / (3600 * args.max_time)))
-    return "".join(f", {min(done, 1.0):.0%}, {clock(max(left, 0.0))} left" for left, done in sorted(ends)[:1])
+        limit = 3600 * args.max_time
+        ends.append((max(limit - session, 0.0), session / limit))
+    if not ends:
+        return ""
+    left, done = min(ends)
+    return f", {min(done, 1.0):.0%}, {clock(left)} left"
 
 
-def evaluate(args: argparse.Namespace, shared: RunState, start_time: float, run_folder: Path, life: int) -> None:
-    """Play test episodes until the run ends; for each a console line, a row of episodes.csv, perhaps a best.pt."""
+def evaluate(
+    args: argparse.Namespace, shared: SharedState, started: float, run_folder: Path, restarts: int
+) -> None:
+    """Be the test worker: play episodes until the run ends.
+
+    Each gives a console line, a row of episodes.csv, perhaps a best.pt. `started` is the monotonic
+    clock's time when this session began.
+    """
     torch.set_num_threads(1)
-    rng = random.Random(worker_seed(args.seed, args.num_processes, life))
+    rng = random.Random(f"{args.seed}, {args.num_processes}, {restarts}")
     env = create_atari_env(args.env_name, render_mode="rgb_array")
-    env.mean, env.std, env.num_frames = shared.observation_statistics.tolist()
+    env.statistics = valid_statistics(shared.statistics)
     model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
-    turn = CoreTurn(run_folder, args.num_processes, times=40)  # steps: as many as a training process makes by default
-    log, curve = EpisodeLog(run_folder, int(shared.episodes)), run_folder / "learning_curve.png"
-    scalars = Scalars(run_folder / "tensorboard" / "evaluator" if args.tensorboard else None)
+    # It enters for each step; a turn is to last as long as a training worker's, two rollouts.
+    turn = CoreTurn(run_folder, args.num_processes, times=2 * args.num_steps)
+    log = EpisodeLog(run_folder, shared.total_steps())
+    best = BestAgent(run_folder)
+    scalars = Scalars(run_folder / "tensorboard") if args.tensorboard else None
     shared.ready[args.num_processes] = True
 
-    finished, drawn = False, time.time()
+    finished, last_drawn = False, time.monotonic()
+    last_time, last_steps, last_sums = last_drawn, shared.total_steps(), shared.figures.sum(dim=0)
     while not finished:
         model.load_state_dict(shared.model.state_dict())
-        episode = int(shared.episodes)
+        episode = log.next_episode
         record = args.record_every and episode % args.record_every == 0
         path = run_folder / "videos" / f"rl-video-episode-{episode}.mp4" if record else None
         video = Video(path, env, args.annotate)
-        stopped = lambda: shared.stop[0] >= STOP  # noqa: E731
-        outcome = play_episode(env, model, rng, video, args.max_episode_length, turn=turn, stopped=stopped)
+        stopped = lambda: shared.stop >= STOP  # noqa: E731
+        outcome = play_episode(
+            env, model, rng, video, args.max_episode_length, turn=turn, stopped=stopped
+        )
         if outcome is None:
             break
         reward, length = outcome
-        elapsed, num_steps = time.time() - start_time, int(shared.steps.sum())
-        fps = num_steps / elapsed
-        scalars.add(num_steps, reward=reward, length=length, steps_per_second=fps)
-        log.append(episode, f"{elapsed:.1f}", num_steps, f"{fps:.0f}", reward, length)
-        shared.count_episode(reward, (env.mean, env.std, env.num_frames))
-        shared.save_if_best(run_folder, args, model)
-        if shared.target_reached(args.target_reward):
-            shared.stop.clamp_(min=FINISH)
-        finished = shared.stop[0] >= FINISH or (args.max_steps is not None and num_steps >= args.max_steps)
-        say(
-            f"Time {clock(elapsed)} {int(elapsed) % 60:02d}s, num steps {num_steps}, FPS {fps:.0f}, "
-            f"episode reward {reward:.1f}, episode length {length}, "
-            f"mean100 {shared.mean_reward()[1]:.1f}{progress(args, elapsed, shared.elapsed, num_steps)}"
-        )
-        if finished or time.time() - drawn > 60:
-            drawn = time.time()
-            attempt(curve, draw_curves, [run_folder], curve)
+        now, num_steps = time.monotonic(), shared.total_steps()
+        elapsed = shared.elapsed + now - started
+        fps = round(num_steps / max(elapsed, 1e-3))
+        fps_now = (num_steps - last_steps) / max(now - last_time, 1e-3)
+        last_time, last_steps = now, num_steps
+        row = Episode(episode, elapsed, num_steps, fps, reward, length)
+        log.append(row)
+        shared.statistics[:] = torch.tensor(env.statistics, dtype=torch.float64)
+        best.offer(log.mean_reward(), args.env_name, model, env.statistics, num_steps)
+        figures, last_sums = shared.mean_figures(since=last_sums)
+        if scalars:
+            figures |= {"reward": reward, "length": length, "steps_per_second": fps_now}
+            scalars.add(num_steps, **figures)
+        if log.has_reached(args.target_reward):
+            shared.request_stop(FINISH)
+        finished = shared.stop >= FINISH or shared.has_made(args.max_steps)
+        left = progress(args, now - started, num_steps, fps_now)
+        say(console_line(row, log.mean_reward()[1], left, fps_now))
+        if now - last_drawn > DRAW_EVERY:
+            last_drawn = now
+            draw(log, run_folder)
+    draw(log, run_folder)
 
 
-def play(agent: Path, args: argparse.Namespace) -> None:
-    """Play a saved agent's episodes; a line for each, and a summary. Raises `ValueError` or `OSError`."""
-    torch.set_num_threads(1)  # with more, they mostly wait for each other, the longer the busier the machine
-    env_name, model, statistics = load_agent(agent)
-    env = create_atari_env(env_name, render_mode=args.render or "rgb_array")
-    game = env.unwrapped.game
-    if args.greedy and game.repeat_action_probability == 0 and game.frame_skip[1] - game.frame_skip[0] == 1:
-        say(f"Nothing is random in a greedy game of {env_name}: all episodes are the same one.")
+def draw(log: EpisodeLog, run_folder: Path) -> None:
+    """Draw the run's learning curve, if there is anything to draw."""
+    path = run_folder / "learning_curve.png"
+    if log.episodes:
+        with report_write_errors(path):
+            draw_curve(as_table(log.episodes), path)
+
+
+def play(args: argparse.Namespace) -> None:
+    """Play a saved agent's episodes; a line for each, and a summary. Raises `ValueError` or
+    `OSError`.
+    """
+    torch.set_num_threads(1)  # more would mostly wait for each other on a busy machine
+    env, model = load_agent(args.agent, args.render or "rgb_array")
+    game, statistics = env.unwrapped.game, env.statistics
+    low, high = game.frame_skip
+    if args.greedy and game.repeat_action_probability == 0 and high - low == 1:
+        env_id = env.unwrapped.env_id
+        say(f"Nothing is random in a greedy game of {env_id}: all episodes are the same one.")
     rewards = []
     for episode in range(args.episodes):
-        rng = random.Random(worker_seed(args.seed, episode, 0))
-        env.mean, env.std, env.num_frames = statistics  # the same for all, so that each depends on its seed alone
+        rng = random.Random(f"{args.seed}, {episode}")
+        env.statistics = statistics  # the same for all, so that each depends on its seed alone
         video = Video(args.record if episode == 0 else None, env, args.annotate)
         reward, length = play_episode(env, model, rng, video, greedy=args.greedy)
         rewards.append(reward)
         say(f"episode {episode}, episode reward {reward:.1f}, episode length {length}")
-    summary = {"mean": np.mean(rewards), "std": np.std(rewards), "min": min(rewards), "max": max(rewards)}
-    say(f"{args.episodes} episodes: " + ", ".join(f"{name} {value:.2f}" for name, value in summary.items()))
+    summary = {
+        "mean": np.mean(rewards),
+        "std": np.std(rewards),
+        "min": min(rewards),
+        "max": max(rewards),
+    }
+    figures = ", ".join(f"{name} {value:.2f}" for name, value in summary.items())
+    say(f"{args.episodes} episodes: {figures}")
     if args.json:
         say(json.dumps({"episodes": args.episodes, **summary, "rewards": rewards}))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Play a saved agent, or draw learning curves; exit with status 2 and one line if something is wrong."""
-    from main import fail, number  # here, as main.py imports this file
-
-    parser = argparse.ArgumentParser("test.py", description="Play a saved agent, or draw learning curves.")
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line (or `argv`); exit with status 2 and one line if something is wrong
+    with it.
+    """
+    parser = argparse.ArgumentParser("test.py", description="Play a saved agent, or draw runs.")
     parser.error = fail
-    parser.add_argument("agent", type=Path, nargs="?", help="run folder, best.pt or checkpoint.pt")
-    parser.add_argument("--plot", type=Path, nargs="+", metavar="RUN", help="draw these runs into comparison.png")
+    path = utils.nonempty_path
+    parser.add_argument("agent", type=path, nargs="?", help="run folder, best.pt or checkpoint.pt")
+    parser.add_argument(
+        "--plot", type=path, nargs="+", metavar="RUN", help="draw into comparison.png"
+    )
+    parser.add_argument("--games", action="store_true", help="list the games")
     parser.add_argument("--episodes", type=number(int, 1), default=10, help="to play (default: 10)")
-    parser.add_argument("--greedy", action="store_true", help="take the likeliest action instead of sampling")
-    parser.add_argument("--seed", type=number(int, 0), default=1, help="of games and sampling (default: 1)")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="video of the first episode, .mp4 or .gif")
-    parser.add_argument("--annotate", action="store_true", help="the agent's mind beside the recorded game")
+    parser.add_argument(
+        "--greedy", action="store_true", help="likeliest action instead of sampling"
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0), default=1, help="of games and sampling (default: 1)"
+    )
+    parser.add_argument("--record", type=path, metavar="FILE", help="first episode as .mp4 or .gif")
+    parser.add_argument(
+        "--annotate", action="store_true", help="what the agent sees and thinks beside it"
+    )
     parser.add_argument("--render", choices=("human",), help="show the game on the screen")
     parser.add_argument("--json", action="store_true", help="summary as JSON in the last line")
     args = parser.parse_args(argv)
-    if (args.agent is None) == (args.plot is None):
-        fail("name an agent to play (a run folder, best.pt), or --plot runs")
-    if args.record and (args.record.suffix not in (".mp4", ".gif") or args.render or not args.record.parent.is_dir()):
-        fail("argument --record: must be an .mp4 or .gif file in a folder that is there, without --render")
-    if args.render and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+    if sum([args.agent is not None, args.plot is not None, args.games]) != 1:
+        fail("name an agent to play (a run folder, best.pt), or --plot runs, or --games")
+    record = args.record
+    if record and (
+        record.suffix not in (".mp4", ".gif") or args.render or not record.parent.is_dir()
+    ):
+        fail(
+            "argument --record: must be an .mp4 or .gif file in a folder that is there, "
+            "without --render"
+        )
+    if (
+        args.render
+        and sys.platform == "linux"
+        and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    ):
         fail("argument --render: there is no display here; try --record")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Play a saved agent, draw learning curves, or list the games; bad input is one line and status
+    2.
+    """
+    args = parse_args(argv)
     try:
-        if args.plot:
-            draw_curves(args.plot, Path("comparison.png"))
-            say("comparison.png drawn")
+        if args.games:
+            say("\n".join(atari_games()))
+        elif args.plot:
+            path = Path("comparison.png")
+            if len(args.plot) == 1:
+                draw_curve(read_episodes(args.plot[0]), path)
+            else:
+                draw_comparison(args.plot, path)
+            say(f"{path} drawn")
         else:
-            play(args.agent, args)
+            play(args)
     except (OSError, ValueError) as error:
-        fail(str(error))
+        fail(error)
 
 
 if __name__ == "__main__":

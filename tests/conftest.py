@@ -7,25 +7,47 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+import main
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 
 
-class Run:
-    """main.py in a process group of its own, and what it says."""
+def options(**changes):
+    """Options of a short run with one training worker, as the workers are given them."""
+    argv = "--env-name PongDeterministic-v4 --num-processes 1 --max-steps 60"
+    return SimpleNamespace(**vars(main.parse_args(argv.split())) | changes)
 
-    def __init__(self, folder, argv):
+
+def environment(folder, **modules):
+    """Return an environment in which Python finds these modules, name=source, before any other."""
+    folder.mkdir()
+    for name, source in modules.items():
+        (folder / f"{name}.py").write_text(source)
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
+class Run:
+    """main.py, or a program of one's own, in a process group of its own, and what it says.
+
+    `before` is a shell command that runs first, such as a limit of what the run may use.
+    """
+
+    def __init__(self, folder, argv, program=ROOT / "main.py", env=None, before=None):
         self.folder = folder
-        command = [sys.executable, ROOT / "main.py", *argv]
+        shell = ["sh", "-c", f'{before} && exec "$@"', "sh"] if before else []
+        command = [*shell, sys.executable, program, *argv]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, start_new_session=True, **pipes)
+        self.process = subprocess.Popen(command, start_new_session=True, env=env, **pipes)
         self._said = {pipe: [] for pipe in (self.process.stdout, self.process.stderr)}
         self._readers = [
-            threading.Thread(target=lines.extend, args=(iter(pipe),)) for pipe, lines in self._said.items()
+            threading.Thread(target=lines.extend, args=(iter(pipe),))
+            for pipe, lines in self._said.items()
         ]
         for reader in self._readers:
             reader.start()
@@ -55,14 +77,15 @@ class Run:
         self.process.stderr.close()
 
     def lines(self):
-        """Return steps, reward and length of each test episode so far, as the console tells them."""
+        """Return steps, reward and length of each test episode so far, as the console says."""
         pattern = (
-            r"Time \d\dh \d\dm \d\ds, num steps (\d+), FPS \d+, episode reward (-?\d+\.\d), episode length (\d+), "
-            r"mean100 -?\d+\.\d(?:, \d+%, \d\dh \d\dm left)?\n"
+            r"Time \d\dh \d\dm \d\ds, num steps (\d+), FPS \d+, "
+            r"episode reward (-?\d+\.\d), episode length (\d+), "
+            r"mean100 -?\d+\.\d(?:, \d+%, \d\dh \d\dm left)?, FPS now \d+\n"
         )
         return [(int(s), float(r), int(n)) for s, r, n in re.findall(pattern, self.out)]
 
-    def wait_for(self, condition, seconds=60):
+    def wait_for(self, condition, seconds=120):
         """Wait until `condition` returns something true, and return it."""
         deadline = time.monotonic() + seconds
         while not (result := condition()):
@@ -72,15 +95,25 @@ class Run:
         return result
 
     def children(self):
-        """Return the process ids of training and test processes, and of other children such as ffmpeg, in two lists."""
-        table = subprocess.run(["ps", "-Aww", "-o", "pid=,pgid=,stat=,args="], capture_output=True, text=True).stdout
+        """Return the process ids of training and test processes, and of other children such as
+        ffmpeg, in two lists.
+        """
+        table = subprocess.run(
+            ["ps", "-Aww", "-o", "pid=,pgid=,stat=,args="], capture_output=True, text=True
+        ).stdout
         rows = [row.split(maxsplit=3) for row in table.splitlines()]
-        rows = [row for row in rows if int(row[1]) == self.process.pid != int(row[0]) and "Z" not in row[2]]
+        rows = [
+            row
+            for row in rows
+            if int(row[1]) == self.process.pid != int(row[0]) and "Z" not in row[2]
+        ]
         workers = [int(pid) for pid, _, _, command in rows if "spawn_main" in command]
         return workers, [int(pid) for pid, *_ in rows if int(pid) not in workers]
 
     def stop(self, number, to_all=True):
-        """Send a signal, as a terminal does to the whole group; return the exit status and the seconds it took."""
+        """Send a signal, as a terminal does to the whole group; return the exit status and the
+        seconds it took.
+        """
         start = time.monotonic()
         (os.killpg if to_all else os.kill)(self.process.pid, number)
         status = self.process.wait(timeout=30)
@@ -89,13 +122,16 @@ class Run:
 
 @pytest.fixture
 def start_main(tmp_path):
-    """Start main.py, writing to a folder below tmp_path; nothing of it outlives the test, also where that fails."""
+    """Start main.py, writing to a folder below tmp_path; nothing of it outlives the test, also
+    where that fails.
+    """
     runs = []
 
-    def start(*argv, folder=None):
+    def start(*argv, folder=None, **how):
         folder = folder or tmp_path / f"run{len(runs)}"
-        argv = ["--env-name", "PongDeterministic-v4", *argv] if "--resume" not in argv else argv
-        runs.append(Run(folder, argv if "--resume" in argv else [*argv, "--save-dir", str(folder)]))
+        if "--resume" not in argv:
+            argv = ["--env-name", "PongDeterministic-v4", *argv, "--save-dir", str(folder)]
+        runs.append(Run(folder, argv, **how))
         return runs[-1]
 
     yield start

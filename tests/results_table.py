@@ -1,8 +1,9 @@
-"""The README's tables of results, made from the runs' own: python tests/results_table.py results/Pong-v0
+"""The README's tables of results, made from the runs' own: python tests/results_table.py
+results/Pong-v0
 
-A row for each run, and mean and standard deviation of runs that differ in nothing but the seed: how far it came, and
-when the mean of the last 20 test games first reached each of `--levels`. Then the mean score and the mean length of the
-test games that ended in each stretch of training steps.
+A row for each run, and mean and standard deviation of runs that differ in nothing but the seed: how
+far it came, and when the mean of the last 20 test games first reached each of `--levels`. Then the
+mean score and the mean length of the test games that ended in each stretch of training steps.
 """
 
 import argparse
@@ -13,8 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from checkpoint import WINDOW
-from drawing import RECENT, moving_mean, read_episodes
+from harness.episodes import RECENT, WINDOW, moving_mean, read_episodes, read_setting
 
 
 def row(*cells):
@@ -22,7 +22,9 @@ def row(*cells):
 
 
 def first_at(episodes, level):
-    """Training steps in millions and minutes when the mean of the last RECENT games first was `level`; NaN if never."""
+    """Training steps in millions and minutes when the mean of the last RECENT games first was
+    `level`; NaN if never.
+    """
     reached = moving_mean(episodes["reward"], RECENT) >= level
     reached[: RECENT - 1] = False
     if not reached.any():
@@ -36,11 +38,15 @@ def summary(episodes, levels):
     reward, last = episodes["reward"], episodes[-1]
     ends = [moving_mean(reward, window)[-1] for window in (RECENT, WINDOW)]
     so_far = [last["num_steps"] / 1e6, last["time_s"] / 60, len(episodes), *ends]
-    return np.array([*so_far, *(figure for level in levels for figure in first_at(episodes, level))])
+    return np.array(
+        [*so_far, *(figure for level in levels for figure in first_at(episodes, level))]
+    )
 
 
 def print_tables(runs, levels):
-    names, (settings, tables) = [run.name for run in runs], zip(*map(read_episodes, runs), strict=True)
+    names = [run.name for run in runs]
+    settings = {read_setting(run) for run in runs}
+    tables = [read_episodes(run) for run in runs]
     figures = np.array([summary(episodes, levels) for episodes in tables])
     columns = ["run", "M steps", "minutes", "test games", f"last {RECENT}", f"last {WINDOW}"]
     for level in levels:
@@ -49,19 +55,25 @@ def print_tables(runs, levels):
     print(row(*columns))
     print(row(*["---"] * len(columns)))
     for name, numbers in zip(names, figures, strict=True):
-        cells = ("never" if np.isnan(x) else f"{x:.{d}f}" for x, d in zip(numbers, digits, strict=True))
+        cells = (
+            "never" if np.isnan(x) else f"{x:.{d}f}" for x, d in zip(numbers, digits, strict=True)
+        )
         print(row(name, *cells))
-    if len(runs) > 1 and len(set(settings)) == 1:
+    if len(runs) > 1 and len(settings) == 1:
         means, spreads = figures.mean(axis=0), figures.std(axis=0)
         cells = (
-            "" if np.isnan(m) else f"{m:.{d}f} ± {s:.{d}f}" for m, s, d in zip(means, spreads, digits, strict=True)
+            "" if np.isnan(m) else f"{m:.{d}f} ± {s:.{d}f}"
+            for m, s, d in zip(means, spreads, digits, strict=True)
         )
         print(row("mean ± std", *cells))
 
     end = max(episodes["num_steps"][-1] for episodes in tables) / 1e6
     width = 1 + int(end // 12)  # of a column, so that there are at most 12
     starts = range(0, int(end) + 1, width)
-    for title, field, digits in ("score after M steps", "reward", 1), ("length in steps", "length", 0):
+    for title, field, digits in (
+        ("score after M steps", "reward", 1),
+        ("length in steps", "length", 0),
+    ):
         print()
         print(row(title, *(f"{start}-{start + width}" for start in starts)))
         print(row(*["---"] * (len(starts) + 1)))
@@ -72,7 +84,9 @@ def print_tables(runs, levels):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--levels", type=float, nargs="*", default=[18.0, 20.0])
     args = parser.parse_args()

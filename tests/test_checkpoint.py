@@ -1,58 +1,75 @@
-import math
 import os
-import random
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from test_train import options
+from conftest import options
 
 import main
-from checkpoint import WINDOW, EpisodeLog, RunState, dump, read, write
+from harness.checkpoint import BestAgent, SharedState, dump, load_agent, read, read_checkpoint
+from harness.episodes import WINDOW, Episode, EpisodeLog
+from harness.utils import write
 from model import ActorCritic
-from train import a3c_loss, hand_over_gradients
+
+STATISTICS = (0.4, 0.2, 1234)
 
 
-def learn(state, seed):
-    """Update the shared weights from a stored rollout, as a worker does."""
-    torch.manual_seed(seed)
-    pictures = state.model.new_pictures(5)
-    pictures[0].normal_()
-    state.model.convolve(pictures)
-    values, logits = state.model.unroll(pictures, state.model.initial_state())
-    loss, _ = a3c_loss(logits, values, [0, 5, 2, 1, 1], [1.0, 0.0, -1.0, 0.0, 1.0], 0.3, options())
-    parameters = list(state.model.parameters())
-    hand_over_gradients(torch.autograd.grad(loss, parameters), parameters)
-    state.optimizers[0].step()
+def float64(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
-def bits(state):
-    moments = [tensor for s in state.optimizers[0].state.values() for tensor in s.values()]
-    return [t.detach().clone() for t in (*state.model.parameters(), *moments)]
+def learn(shared, seed):
+    """Update the shared weights, as a worker does, but from gradients drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in shared.model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    shared.optimizer(0).step()
+
+
+def bits(shared):
+    moments = [tensor for s in shared.optimizer(0).state.values() for tensor in s.values()]
+    return [t.detach().clone() for t in (*shared.model.parameters(), *moments)]
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder with a checkpoint, and the state that was saved in it."""
+    """A folder with a checkpoint of 60 steps, and the state that was saved in it."""
     torch.manual_seed(0)
-    state = RunState(options(), 1, 6)
+    shared = SharedState(options(), 1, 6)
     for seed in range(3):
-        learn(state, seed)
-    state.steps[0] = 60
-    for reward in -21.0, -19.0:
-        state.count_episode(reward, (0.4, 0.2, 1234))
-    state.save(tmp_path, options(), elapsed=12.5)
-    return tmp_path, state
+        learn(shared, seed)
+    shared.steps[0] = 60
+    shared.statistics[:] = float64(*STATISTICS)
+    shared.save(tmp_path, options(), elapsed=12.5)
+    return tmp_path, shared
+
+
+def change(folder, **contents):
+    """Write the folder's checkpoint again, with some of its contents changed."""
+    path = folder / "checkpoint.pt"
+    write(dump(read(path) | contents), path)
+
+
+def refused(argv, capsys):
+    """Return the one line in which main.py refuses to do what it is asked for."""
+    with pytest.raises(SystemExit) as stop:
+        main.main(argv)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    return err
+
+
+# Saving and resuming.
 
 
 def test_a_checkpoint_is_whole_though_workers_go_on_learning(saved):
-    folder, state = saved
+    folder, shared = saved
     stop = threading.Event()
 
     def learn_on():
         while not stop.is_set():
-            for tensor in state.optimizers[0].state.values():
+            for tensor in shared.optimizer(0).state.values():
                 tensor["exp_avg"].add_(1)
 
     workers = [threading.Thread(target=learn_on) for _ in range(2)]
@@ -60,7 +77,7 @@ def test_a_checkpoint_is_whole_though_workers_go_on_learning(saved):
         worker.start()
     try:
         for _ in range(20):
-            state.save(folder, options(), elapsed=12.5)
+            shared.save(folder, options(), elapsed=12.5)
             read(folder / "checkpoint.pt")
     finally:
         stop.set()
@@ -69,44 +86,88 @@ def test_a_checkpoint_is_whole_though_workers_go_on_learning(saved):
 
 
 def test_a_restored_run_learns_on_to_the_same_bits(saved):
-    folder, state = saved
-    restored = RunState(options(), 1, 6)
-    restored.restore(read(folder / "checkpoint.pt"))
+    folder, shared = saved
+    restored = SharedState(options(), 1, 6)
+    assert not torch.equal(bits(shared)[0], bits(restored)[0])
+    restored.restore(read_checkpoint(folder))
     assert all(p.is_shared() for p in restored.model.parameters())
-    assert all(t.is_shared() for s in restored.optimizers[0].state.values() for t in s.values())
+    assert all(t.is_shared() for s in restored.optimizer(0).state.values() for t in s.values())
     for seed in range(3, 6):
-        for a, b in zip(bits(state), bits(restored), strict=True):
+        for a, b in zip(bits(shared), bits(restored), strict=True):
             assert torch.equal(a, b)
-        learn(state, seed)
+        learn(shared, seed)
         learn(restored, seed)
-    assert not torch.equal(bits(state)[0], bits(RunState(options(), 1, 6))[0])
 
 
 def test_a_checkpoint_holds_what_a_run_needs(saved):
-    folder, _ = saved
-    restored = RunState(options(num_processes=3), 1, 6)
-    restored.restore(read(folder / "checkpoint.pt"))
-    assert restored.steps.sum() == 60
+    folder, shared = saved
+    restored = SharedState(options(num_processes=3), 1, 6)
+    restored.restore(read_checkpoint(folder))
+    assert restored.total_steps() == 60
     assert restored.elapsed == 12.5
-    assert restored.episodes == 2
-    assert restored.mean_reward() == (2, -20.0)
-    assert restored.observation_statistics.tolist() == [0.4, 0.2, 1234.0]
-    assert restored.life == 1  # other seeds than in the sitting before
-    contents = read(folder / "checkpoint.pt")
+    assert restored.statistics.tolist() == list(STATISTICS)
+    assert restored.restarts == shared.restarts + 1  # other seeds than in the session before
+    contents = read_checkpoint(folder)
     assert contents["options"]["gamma"] == 0.99
     assert contents["versions"]["torch"] == str(torch.__version__)
 
 
 def test_with_no_shared_every_worker_has_its_own_adam_again(tmp_path):
     args = options(num_processes=2, no_shared=True)
-    state = RunState(args, 1, 6)
-    assert state.optimizer(0) is not state.optimizer(1)
-    learn(state, 0)  # by worker 0
-    state.save(tmp_path, args, 0.0)
-    restored = RunState(options(num_processes=3, no_shared=True), 1, 6)
-    restored.restore(read(tmp_path / "checkpoint.pt"))
-    counts = [next(iter(optimizer.state.values()))["step"].item() for optimizer in restored.optimizers]
+    shared = SharedState(args, 1, 6)
+    assert shared.optimizer(0) is not shared.optimizer(1)
+    learn(shared, 0)  # by worker 0
+    shared.save(tmp_path, args, 0.0)
+    restored = SharedState(options(num_processes=3, no_shared=True), 1, 6)
+    restored.restore(read_checkpoint(tmp_path))
+    counts = [
+        next(iter(optimizer.state.values()))["step"].item() for optimizer in restored.optimizers
+    ]
     assert counts == [1.0, 0.0, 1.0]
+
+
+def test_a_checkpoint_that_is_a_symbolic_link_stays_one(saved):
+    folder, shared = saved
+    link, target = folder / "checkpoint.pt", folder / "on another disk.pt"
+    link.rename(target)
+    link.symlink_to(target.name)
+    shared.steps[0] = 80
+    shared.save(folder, options(), elapsed=13.5)
+    assert os.readlink(link) == target.name
+    assert not target.is_symlink()
+    assert read(target)["steps"] == read_checkpoint(folder)["steps"] == 80
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_a_line(saved, capsys):
+    folder, shared = saved
+    (folder / "checkpoint.pt.new").mkdir()  # in the way
+    shared.steps[0] = 80
+    shared.save(folder, options(), elapsed=13.5)
+    err = capsys.readouterr().err
+    assert err.startswith(f"{folder}/checkpoint.pt not written: ")
+    assert err.count("\n") == 1
+    assert read_checkpoint(folder)["steps"] == 60
+
+
+def test_the_figures_of_learning_are_means_since_they_were_asked_for():
+    shared = SharedState(options(num_processes=2), 1, 6)
+    assert shared.mean_figures(shared.figures.sum(dim=0))[0] == {}
+    shared.count_update(0, 20, torch.tensor(8.0), torch.tensor(2.0), torch.tensor(30.0), 1.5, 0.1)
+    before = shared.mean_figures(torch.zeros(7, dtype=torch.float64))[1]
+    shared.count_update(0, 20, torch.tensor(4.0), torch.tensor(3.0), torch.tensor(10.0), 2.0, 0.3)
+    shared.count_update(1, 5, torch.tensor(1.0), torch.tensor(2.0), torch.tensor(5.0), 4.0, 0.1)
+    figures, _ = shared.mean_figures(before)
+    expected = {
+        "policy_loss": 5 / 25,
+        "value_loss": 5 / 25,
+        "entropy": 15 / 25,
+        "gradient_norm": 3.0,
+        "learning_rate": 0.2,
+    }
+    assert figures == pytest.approx(expected)
+
+
+# Checkpoints that cannot be gone on from.
 
 
 class Hostile:
@@ -120,10 +181,10 @@ class Hostile:
 def spoil(folder, how):
     path = folder / "checkpoint.pt"
     data, contents = path.read_bytes(), read(path)
+    middle = len(data) // 2
     if how == "cut short":
-        path.write_bytes(data[: len(data) // 2])
+        path.write_bytes(data[:middle])
     elif how == "a flipped byte":
-        middle = len(data) // 2
         path.write_bytes(data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :])
     elif how == "empty":
         path.write_bytes(b"")
@@ -134,15 +195,24 @@ def spoil(folder, how):
     elif how == "a number":
         write(dump(3), path)
     elif how == "another network":
-        write(dump(contents | {"model": ActorCritic(1, 4).state_dict()}), path)
+        change(folder, model=ActorCritic(1, 4).state_dict())
+    elif how.startswith("a weight of "):
+        contents["model"]["critic_linear.bias"][0] = float(how.removeprefix("a weight of "))
+        write(dump(contents), path)
     elif how == "stretched moments":
         contents["moments"][0][0]["exp_avg"] = torch.zeros(1)
         write(dump(contents), path)
-    elif how == "bad options":
-        write(dump(contents | {"options": contents["options"] | {"num_processes": -3}}), path)
-    elif how == "unknown options":
-        write(dump(contents | {"options": contents["options"] | {"colour": "red"}}), path)
+    elif how == "infinite moments":
+        contents["moments"][0][0]["exp_avg"][0] = torch.inf
+        write(dump(contents), path)
+    elif how == "-1 frames":
+        change(folder, observation_statistics=float64(0.4, 0.2, -1.0))
+    elif how == "-1 steps":
+        change(folder, steps=-1)
+    elif how == "-3 processes":
+        change(folder, options=contents["options"] | {"num_processes": -3})
     else:
+        assert how in contents
         write(dump({name: value for name, value in contents.items() if name != how}), path)
 
 
@@ -155,27 +225,50 @@ def spoil(folder, how):
         ("text", "checkpoint.pt is damaged"),
         ("hostile", "checkpoint.pt is damaged, or not one of this program's files"),
         ("a number", "checkpoint.pt is damaged, or not one of this program's files"),
-        ("another network", "not a checkpoint of this network"),
-        ("stretched moments", "not a checkpoint of this network"),
-        ("bad options", "argument --num-processes: must be a whole number of at least 1, not '-3'"),
-        ("unknown options", "unrecognized arguments: --colour=red"),
+        ("another network", "not a checkpoint of this version, but was made with torch 2."),
+        ("a weight of nan", "not a checkpoint of this version"),
+        ("a weight of inf", "(weights that are not finite)"),
+        ("stretched moments", "not a checkpoint of this version"),
+        ("infinite moments", "not a checkpoint of this version"),
+        ("-1 frames", "not a checkpoint of this version"),
+        ("-1 steps", "not a checkpoint of this version"),
+        (
+            "-3 processes",
+            "argument --num-processes: must be a whole number of at least 1, not '-3'",
+        ),
         ("options", "checkpoint.pt is not a checkpoint"),
-        ("rewards", "not a checkpoint of this network"),
+        ("restarts", "not a checkpoint of this version"),
     ],
 )
 def test_a_spoilt_checkpoint_is_one_line_and_untouched(saved, how, message, capsys):
     folder, _ = saved
     spoil(folder, how)
     data = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        main.main(["--resume", str(folder), "--max-steps", "1000"])
-    assert stop.value.code == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert message in err
+    assert message in refused(["--resume", str(folder), "--max-steps", "1000"], capsys)
     assert (folder / "checkpoint.pt").read_bytes() == data
     assert not (folder / "harm").exists()
     assert not (folder / "options.json").exists()
+
+
+@pytest.mark.parametrize("name", ["colour", "help", "resume", "save_dir"])
+def test_an_option_that_this_version_lacks_is_named_with_the_versions(saved, name, capsys):
+    folder, _ = saved
+    change(folder, options=read_checkpoint(folder)["options"] | {name: "red"})
+    message = refused(["--resume", str(folder)], capsys)
+    assert "the run was made by another version of this program (with torch 2." in message
+    assert message.endswith(f"this one has no option {name}\n")
+
+
+def test_a_checkpoint_that_cannot_be_read_says_so(tmp_path, capsys):
+    (tmp_path / "checkpoint.pt").mkdir()
+    message = refused(["--resume", str(tmp_path)], capsys)
+    assert message == f"error: cannot read {tmp_path}/checkpoint.pt: Is a directory\n"
+
+
+def test_a_checkpoint_that_is_a_link_to_nothing_says_so(tmp_path, capsys):
+    (tmp_path / "checkpoint.pt").symlink_to("missing")
+    message = refused(["--resume", str(tmp_path)], capsys)
+    assert message == f"error: cannot read {tmp_path}/checkpoint.pt: No such file or directory\n"
 
 
 @pytest.mark.parametrize(
@@ -189,87 +282,149 @@ def test_a_spoilt_checkpoint_is_one_line_and_untouched(saved, how, message, caps
 )
 def test_a_run_that_cannot_go_on_says_why(saved, argv, message, capsys):
     folder, _ = saved
-    with pytest.raises(SystemExit) as stop:
-        main.main(["--resume", str(folder), *argv.split()])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refused(["--resume", str(folder), *argv.split()], capsys)
 
 
 def test_a_run_that_has_reached_its_target_says_so(saved, capsys):
-    folder, state = saved
-    for _ in range(WINDOW):
-        state.count_episode(3.0, (0.4, 0.2, 1234))
-    state.save(folder, options(target_reward=-5.0), 0.0)
-    with pytest.raises(SystemExit):
-        main.main(["--resume", str(folder), "--max-steps", "1000"])
-    assert "the run has reached its -5.0: name a higher --target-reward" in capsys.readouterr().err
+    folder, shared = saved
+    log = EpisodeLog(folder, 0)
+    for n in range(WINDOW):
+        log.append(Episode(n, 0.1 * n, 60, 10, 3.0, 1000))
+    shared.save(folder, options(target_reward=-5.0), 0.0)
+    message = refused(["--resume", str(folder), "--max-steps", "1000"], capsys)
+    assert message == "error: the run has reached its -5.0: name a higher --target-reward\n"
 
 
 def test_the_runs_own_options_hold_and_those_named_again_win(saved):
-    folder, state = saved
-    own = options(gamma=0.5, no_shared=True, target_reward=-3.5, max_steps=10**6)
-    state.save(folder, own, 0.0)
+    folder, shared = saved
+    zeros = {"entropy_coef": 0.0, "gae_lambda": 0.0, "record_every": 0, "target_reward": 0.0}
+    own = options(gamma=0.5, no_shared=True, max_steps=10**6, seed=0, **zeros)
+    shared.save(folder, own, 0.0)
     argv = ["--resume", str(folder), "--lr", "0.5", "--num-processes", "7"]
-    args, _ = main.load_run(main.parse_args(argv), argv)
+    args, _ = main.find_run(main.parse_args(argv), argv)
     expected = vars(own) | {"lr": 0.5, "num_processes": 7, "resume": folder}
     assert vars(args) == expected
 
 
-def test_the_best_model_is_the_latest_until_the_window_is_full_and_then_the_highest_mean(tmp_path):
-    args = options()
-    state, rng = RunState(args, 1, 6), random.Random(0)
-    rewards = [rng.uniform(-21, -18) for _ in range(WINDOW)] + [0.0] * 5 + [-21.0] * 5 + [1.0] * 6
-    kept = []
-    for n, reward in enumerate(rewards):
-        state.count_episode(reward, (0.4, 0.2, n))
-        state.steps[0] = n
-        state.save_if_best(tmp_path, args, state.model)
-        kept.append(read(tmp_path / "best.pt")["steps"])
-    assert kept[:WINDOW] == list(range(WINDOW))
-    means = [sum(rewards[n + 1 - WINDOW : n + 1]) / WINDOW for n in range(WINDOW - 1, len(rewards))]
-    highest = [max(range(n + 1), key=means.__getitem__) for n in range(len(means))]
-    assert kept[WINDOW - 1 :] == [WINDOW - 1 + n for n in highest]
-    assert 0 < highest[-6] < highest[-1]  # the means rose, fell and rose again
+# The best agent.
+
+
+def offer_all(folder, best, scores, first_step=0):
+    """Offer an agent for each score; return the steps of the one that the file then held."""
+    torch.manual_seed(0)
+    model, kept = ActorCritic(1, 6), []
+    for num_steps, score in enumerate(scores, start=first_step):
+        best.offer(score, "PongDeterministic-v4", model, STATISTICS, num_steps)
+        kept.append(read(folder / "best.pt")["steps"])
+    return kept
+
+
+def test_the_best_agent_is_the_latest_until_the_window_is_full_and_then_the_highest_mean(tmp_path):
+    scores = [(1, 5.0), (2, -20.0), (WINDOW - 1, -20.5), (WINDOW, -21.0)]
+    scores += [(WINDOW, mean) for mean in (-20.0, -20.7, -20.0, -19.9, -21.0)]
+    assert offer_all(tmp_path, BestAgent(tmp_path), scores) == [0, 1, 2, 3, 4, 4, 4, 7, 7]
     best = read(tmp_path / "best.pt")
-    assert best["mean_reward"] == pytest.approx(sum(rewards[-WINDOW:]) / WINDOW)
+    assert (best["episodes"], best["mean_reward"]) == (WINDOW, -19.9)
     assert best["env_name"] == "PongDeterministic-v4"
-    assert best["observation_statistics"].tolist() == [0.4, 0.2, len(rewards) - 1]
-    assert set(best["model"]) == set(state.model.state_dict())
-    assert (tmp_path / "best.pt").stat().st_size < 2.5e6
+    assert best["observation_statistics"].tolist() == list(STATISTICS)
+    assert (tmp_path / "best.pt").stat().st_size < 2.5e6  # no moments in it
 
 
-def test_a_best_model_that_could_not_be_written_is_not_taken_for_written(tmp_path, capsys):
-    state = RunState(options(), 1, 6)
-    state.count_episode(1.0, (0.4, 0.2, 1))
+def test_the_best_agent_of_the_sessions_before_is_only_replaced_by_a_better_one(tmp_path):
+    offer_all(tmp_path, BestAgent(tmp_path), [(WINDOW, -19.0)])
+    later = [(WINDOW, -19.5), (WINDOW, -18.5)]
+    assert offer_all(tmp_path, BestAgent(tmp_path), later, first_step=1) == [0, 2]
+
+
+@pytest.mark.parametrize("contents", [b"", dump({"steps": 3}), dump({"episodes": "many"})])
+def test_a_best_agent_that_cannot_be_read_is_replaced(contents, tmp_path):
+    (tmp_path / "best.pt").write_bytes(contents)
+    assert offer_all(tmp_path, BestAgent(tmp_path), [(1, -21.0)], first_step=9) == [9]
+
+
+def test_a_best_agent_that_could_not_be_written_is_not_taken_for_written(tmp_path, capsys):
+    best, model = BestAgent(tmp_path), ActorCritic(1, 6)
     (tmp_path / "best.pt.new").mkdir()  # in the way
-    state.save_if_best(tmp_path, options(), state.model)
+    best.offer((WINDOW, 1.0), "PongDeterministic-v4", model, STATISTICS, 10)
     assert "best.pt not written: " in capsys.readouterr().err
-    assert not state.best.any()
     (tmp_path / "best.pt.new").rmdir()
-    state.save_if_best(tmp_path, options(), state.model)
-    assert state.best.tolist() == [1.0, 1.0]
-    assert (tmp_path / "best.pt").exists()
+    assert offer_all(tmp_path, best, [(WINDOW, 0.5)], first_step=20) == [20]
 
 
-def test_the_mean_of_no_episode_reaches_no_target():
-    state = RunState(options(), 1, 6)
-    assert math.isnan(state.mean_reward()[1])
-    assert not state.target_reached(-100.0)
-    for _ in range(WINDOW - 1):
-        state.count_episode(5.0, (0.4, 0.2, 1))
-    assert not state.target_reached(-100.0)
-    state.count_episode(5.0, (0.4, 0.2, 1))
-    assert state.target_reached(5.0)
-    assert not state.target_reached(5.1)
-    assert not state.target_reached(None)
+# Loading an agent.
 
 
-def test_rows_after_the_checkpoint_move_to_the_backup(tmp_path):
-    log = EpisodeLog(tmp_path, 0)
-    for n in range(4):
-        log.append(n, 1.5, 100 * n)
-    EpisodeLog(tmp_path, 2).append(2, 7.5, 250)
-    assert Path(tmp_path, "episodes.csv").read_text() == EpisodeLog.HEADER + "\n0,1.5,0\n1,1.5,100\n2,7.5,250\n"
-    assert Path(tmp_path, "episodes.csv.bak").read_text() == "2,1.5,200\n3,1.5,300\n"
-    EpisodeLog(tmp_path, 3)
-    assert Path(tmp_path, "episodes.csv.bak").read_text().count("\n") == 2
+def test_an_agent_is_loaded_by_a_path_or_a_text_and_ready_to_play(saved):
+    folder, shared = saved
+    for path in folder, str(folder), folder / "checkpoint.pt", str(folder / "checkpoint.pt"):
+        env, model = load_agent(path)
+        assert env.unwrapped.env_id == "PongDeterministic-v4"
+        assert env.statistics == STATISTICS
+        for a, b in zip(model.parameters(), shared.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+            assert not a.requires_grad
+
+
+def test_the_agent_of_a_run_folder_is_its_best_where_there_is_one(saved):
+    folder, _ = saved
+    assert load_agent(folder)[0].statistics == STATISTICS
+    best = BestAgent(folder)
+    best.offer((1, 1.0), "Breakout-v4", ActorCritic(1, 4), (0.5, 0.1, 7), 10)
+    env, _ = load_agent(folder)
+    assert (env.unwrapped.env_id, env.statistics) == ("Breakout-v4", (0.5, 0.1, 7))
+
+
+def test_the_game_of_a_loaded_agent_draws_what_it_is_asked_to(saved):
+    folder, _ = saved
+    env, _ = load_agent(folder, "rgb_array")
+    env.reset(seed=0)
+    assert env.render().shape == (210, 160, 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"env_name": 3},
+        {"env_name": ["Pong-v0"]},
+        {"env_name": None},
+        {"env_name": "Pog-v0"},
+        {"observation_statistics": float64(0.4, 0.2)},
+        {"observation_statistics": float64(0.4, 0.2, 1.0, 1.0)},
+        {"observation_statistics": float64(0.4, 0.2, 1.0).view(1, 3)},
+        {"observation_statistics": float64(0.4)},
+        {"observation_statistics": float64(0.4, 0.2, -1.0)},
+        {"observation_statistics": float64(0.4, -0.2, 1.0)},
+        {"observation_statistics": float64(torch.nan, 0.2, 1.0)},
+        {"observation_statistics": float64(0.4, torch.inf, 1.0)},
+        {"observation_statistics": float64(0.4, 0.2, torch.inf)},
+        {"observation_statistics": "0.4, 0.2, 1"},
+        {"model": ActorCritic(4, 6).state_dict()},
+        {"model": torch.nn.Linear(2, 2).state_dict()},
+        {"model": {}},
+        {"model": None},
+        {"model": {k: v + torch.nan for k, v in ActorCritic(1, 6).state_dict().items()}},
+    ],
+    ids=lambda changes: "-".join(f"{name}={value}"[:40] for name, value in changes.items()),
+)
+def test_a_file_without_an_agent_of_this_network_says_so_in_one_line(saved, changes):
+    folder, _ = saved
+    change(folder, **({"env_name": "PongDeterministic-v4"} | changes))
+    with pytest.raises(ValueError, match="holds no agent of this network") as refused:
+        load_agent(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("num_actions", [4, 18])
+def test_an_agent_with_other_actions_than_its_game_says_so(saved, num_actions):
+    folder, _ = saved
+    change(folder, model=ActorCritic(1, num_actions).state_dict())
+    message = f"holds an agent with {num_actions} actions, but PongDeterministic-v4 has 6"
+    with pytest.raises(ValueError, match=message):
+        load_agent(folder)
+
+
+def test_where_no_agent_is_a_message_says_what_to_name(tmp_path):
+    message = "there is no agent in .*: name a run folder, a best.pt or a checkpoint.pt"
+    for path in tmp_path, tmp_path / "missing", str(tmp_path / "missing"):
+        with pytest.raises(ValueError, match=message):
+            load_agent(path)

@@ -12,7 +12,9 @@ FRAME = Path(__file__).parent / "data" / "pong_frame.npy"
 
 
 def play(env, num_steps, seed=None):
-    """Return observations, rewards and frame numbers of `num_steps` steps with a fixed sequence of actions."""
+    """Return observations, rewards and frame numbers of `num_steps` steps with a fixed sequence of
+    actions.
+    """
     observation, info = env.reset(seed=seed)
     trace = [(observation, 0.0, info["episode_frame_number"])]
     actions = np.random.default_rng(0).integers(env.action_space.n, size=num_steps).tolist()
@@ -37,7 +39,9 @@ def play(env, num_steps, seed=None):
         ("BreakoutDeterministic-v4", {4}, 0.0, 15),
     ],
 )
-def test_an_id_means_its_frame_skip_and_stickiness(env_id, frame_skips, repeat_action_probability, render_fps):
+def test_an_id_means_its_frame_skip_and_stickiness(
+    env_id, frame_skips, repeat_action_probability, render_fps
+):
     env = AtariEnv(env_id)
     _, _, frames = play(env, 100, seed=3)
     skips = np.diff(frames)
@@ -62,7 +66,9 @@ def test_every_game_plays_and_its_grey_is_the_channel_mean():
         for step in range(6):
             observation, *_ = env.step(step % env.action_space.n)
             field = env.render()[34:194].mean(axis=2, dtype=np.float32) / 255
-            np.testing.assert_array_equal(env.env.greys[env.unwrapped.ale.getScreen()[34:194]], field)
+            np.testing.assert_array_equal(
+                env.env.greys[env.unwrapped.ale.getScreen()[34:194]], field
+            )
         assert observation.shape == (1, 42, 42)
         assert np.isfinite(observation).all()
 
@@ -107,24 +113,31 @@ def test_a_ball_is_visible_wherever_it_is():
         for left in range(160 - 2 + 1):
             screen = np.zeros((210, 160), np.uint8)
             screen[top : top + 4, left : left + 2] = 236
-            assert (process_screen(screen, GREYS) - empty).max() > 0.02, f"a ball at row {top}, column {left} is lost"
+            assert (process_screen(screen, GREYS) - empty).max() > 0.02, (
+                f"a ball at row {top}, column {left} is lost"
+            )
 
 
 def test_only_the_playing_field_is_seen():
     screen = np.zeros((210, 160), np.uint8)
     screen[:34] = screen[194:] = 255
     assert not process_screen(screen, GREYS).any()
-    np.testing.assert_allclose(process_screen(np.full((250, 160), 51, np.uint8), GREYS), 0.2, rtol=1e-6)
+    np.testing.assert_allclose(
+        process_screen(np.full((250, 160), 51, np.uint8), GREYS), 0.2, rtol=1e-6
+    )
 
 
 def test_halving_is_bilinear():
     field = np.random.default_rng(0).random((160, 160), dtype=np.float32)
     halved = cv2.resize(field, (80, 80), interpolation=cv2.INTER_AREA)
-    np.testing.assert_allclose(halved, cv2.resize(field, (80, 80), interpolation=cv2.INTER_LINEAR), atol=1e-6)
+    np.testing.assert_allclose(
+        halved, cv2.resize(field, (80, 80), interpolation=cv2.INTER_LINEAR), atol=1e-6
+    )
 
 
 def test_a_frame_of_pong_looks_as_it_did():
-    # Step 60 of a game without chance: guards the emulator's picture, the crop, the grey and the two resizes.
+    # Step 60 of a game without chance: guards the emulator's picture, the crop, the grey and the
+    # two resizes.
     env = ProcessedScreen(AtariEnv("PongDeterministic-v4"))
     observations, _, _ = play(env, 60, seed=0)
     np.testing.assert_allclose(observations[-1], np.load(FRAME), atol=1e-5)
@@ -141,7 +154,9 @@ def test_observations_lie_in_the_declared_spaces():
 
 
 def test_normalization_is_the_bias_corrected_running_mean_and_std():
-    pictures = play(ProcessedScreen(AtariEnv("PongDeterministic-v4")), 30, seed=0)[0].astype(np.float64)
+    pictures = play(ProcessedScreen(AtariEnv("PongDeterministic-v4")), 30, seed=0)[0].astype(
+        np.float64
+    )
     observations = play(create_atari_env("PongDeterministic-v4"), 30, seed=0)[0]
     assert observations.dtype == np.float32
     mean = std = 0.0
@@ -158,7 +173,9 @@ def test_an_episode_is_truncated_at_the_emulators_frame_limit(monkeypatch):
     monkeypatch.setattr(envs, "MAX_FRAMES_PER_EPISODE", 200)
     env = AtariEnv("BreakoutDeterministic-v4")
     env.reset(seed=0)
-    ends = [env.step(0)[2:4] for _ in range(50)]  # without FIRE the ball is never served, and nothing ends
+    ends = [
+        env.step(0)[2:4] for _ in range(50)
+    ]  # without FIRE the ball is never served, and nothing ends
     assert ends[:-1] == [(False, False)] * 49
     assert ends[-1] == (False, True)
     env.reset()

@@ -4,13 +4,14 @@ import torch.multiprocessing as mp
 
 from model import ActorCritic
 from my_optim import SharedAdam
-from train import hand_over_gradients
 
 
 def set_gradients(model, seed):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))
+        parameter.grad = torch.empty_like(parameter).copy_(
+            torch.randn(parameter.shape, generator=generator)
+        )
 
 
 @pytest.mark.parametrize("lr", [1e-4, 1e-2])
@@ -22,17 +23,21 @@ def test_shared_adam_is_adam(lr):
     twin_optimizer = torch.optim.Adam(twin.parameters(), lr=lr, fused=True)
     for seed in range(200):
         set_gradients(model, seed)
-        hand_over_gradients([p.grad for p in model.parameters()], list(twin.parameters()))
+        set_gradients(twin, seed)
         optimizer.step()
         twin_optimizer.step()
     for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(parameter, expected)
         for name in "step", "exp_avg", "exp_avg_sq":
-            assert torch.equal(optimizer.state[parameter][name], twin_optimizer.state[expected][name])
+            assert torch.equal(
+                optimizer.state[parameter][name], twin_optimizer.state[expected][name]
+            )
 
 
 def step_once(model, optimizer, seed):
-    assert [p.data_ptr() for p in model.parameters()] == [p.data_ptr() for p in optimizer.param_groups[0]["params"]]
+    assert [p.data_ptr() for p in model.parameters()] == [
+        p.data_ptr() for p in optimizer.param_groups[0]["params"]
+    ]
     set_gradients(model, seed)
     optimizer.step()
 
@@ -54,3 +59,18 @@ def test_processes_advance_one_adam():
         assert torch.equal(parameter, expected)
         assert torch.equal(state["exp_avg"], expected_state["exp_avg"])
         assert torch.equal(state["exp_avg_sq"], expected_state["exp_avg_sq"])
+
+
+def test_a_gradient_in_another_memory_order_is_read_right():
+    torch.manual_seed(1)
+    model, twin = ActorCritic(1, 6), ActorCritic(1, 6).to(memory_format=torch.contiguous_format)
+    twin.load_state_dict(model.state_dict())
+    optimizer = SharedAdam(model.parameters())
+    twin_optimizer = torch.optim.Adam(twin.parameters(), lr=1e-4)
+    for parameter, its_twin in zip(model.parameters(), twin.parameters(), strict=True):
+        parameter.grad = its_twin.grad = torch.randn(parameter.shape)  # not in channels_last order
+    assert model.conv2.weight.grad.stride() != model.conv2.weight.stride()
+    optimizer.step()
+    twin_optimizer.step()
+    for parameter, its_twin in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach().contiguous(), its_twin.detach())

@@ -1,75 +1,70 @@
 import itertools
+import random
 from types import SimpleNamespace
 
 import gym
 import numpy as np
 import pytest
 import torch
+from conftest import options
 from gym import spaces
+from test_rollout import backend, backends
 
-import main
 import train
-from checkpoint import RunState
+from harness.checkpoint import SharedState
+from harness.workers import STOP
 from model import ActorCritic
 from my_optim import SharedAdam
-from train import a3c_loss, discounted_returns, generalized_advantages
+from train import a3c_losses, returns_and_advantages
 
-
-def options(**changes):
-    args = main.parse_args(["--env-name", "PongDeterministic-v4", "--num-processes", "1", "--max-steps", "60"])
-    return SimpleNamespace(**vars(args) | changes)
-
-
-def test_returns_are_discounted_and_end_in_the_bootstrap():
-    assert discounted_returns([1.0, 0.0, 2.0], 4.0, 0.5) == [1 + 0.5 * 2.0, 0.5 * 4.0, 2 + 0.5 * 4.0]
-    assert discounted_returns([1.0], 0.0, 0.99) == [1.0]
-
-
-# rewards 1, 0, 2; values 0.5, 1, -1 and the bootstrap 4; gamma 0.5
+# Rewards 1, 0, 2; values 0.5, 1, -1 and the bootstrap 4; gamma 0.5.
+# R:     1 + 0.5 x 2 = 2;  0 + 0.5 x 4 = 2;  2 + 0.5 x 4 = 4
 # delta: 1 + 0.5 - 0.5 = 1;  0 - 0.5 - 1 = -1.5;  2 + 2 + 1 = 5
+
+
 @pytest.mark.parametrize(
     ("gae_lambda", "expected"),
     [
-        (1.0, [1 - 0.75 + 1.25, -1.5 + 2.5, 5.0]),  # the returns 2, 2, 4 less the values
+        (1.0, [2 - 0.5, 2 - 1.0, 4 + 1.0]),  # the returns less the values
         (0.5, [1 + 0.25 * (-1.5 + 0.25 * 5), -1.5 + 0.25 * 5, 5.0]),
         (0.0, [1.0, -1.5, 5.0]),
     ],
 )
-def test_generalized_advantages(gae_lambda, expected):
-    advantages = generalized_advantages([1.0, 0.0, 2.0], [0.5, 1.0, -1.0], 4.0, 0.5, gae_lambda)
+def test_returns_and_generalized_advantages_worked_by_hand(gae_lambda, expected):
+    returns, advantages = returns_and_advantages(
+        [1.0, 0.0, 2.0], [0.5, 1.0, -1.0], 4.0, 0.5, gae_lambda
+    )
+    assert returns == [2.0, 2.0, 4.0]
     assert advantages == pytest.approx(expected)
 
 
-def test_loss_of_a_rollout_worked_by_hand():
+def test_losses_of_a_rollout_worked_by_hand():
     # Two steps, two actions; the policy is uniform, then 3:1. gamma 0.5, lambda 1, bootstrap 2.
     logits = torch.tensor([[0.0, 0.0], [np.log(3.0), 0.0]])
     values = torch.tensor([0.5, 1.0])
-    # Rewards 1 and 0: returns 1 + 0.5 x 1 = 1.5 and 0 + 0.5 x 2 = 1, advantages 1.5 - 0.5 = 1 and 1 - 1 = 0.
+    # Rewards 1 and 0: returns 1 + 0.5 x 1 = 1.5 and 0 + 0.5 x 2 = 1, so advantages 1 and 0.
+    args = options(gamma=0.5)
+    policy_loss, value_loss, entropy = a3c_losses(values, logits, [1, 0], [1.0, 0.0], 2.0, args)
     log_half, log_three_quarters = np.log(0.5), np.log(0.75)
-    entropy = [-log_half, -(0.75 * log_three_quarters + 0.25 * np.log(0.25))]
-    policy_loss = -(log_half * 1.0 + log_three_quarters * 0.0) - 0.1 * sum(entropy)
-    value_loss = 0.5 * 1.0**2 + 0.5 * 0.0**2
-    args = options(gamma=0.5, entropy_coef=0.1, value_loss_coef=0.3)
-    loss, parts = a3c_loss(logits, values, [1, 0], [1.0, 0.0], 2.0, args)
-    assert parts["entropy"].item() == pytest.approx(sum(entropy))
-    assert parts["policy_loss"].item() == pytest.approx(-log_half)
-    assert parts["value_loss"].item() == pytest.approx(0.5)
-    assert loss.item() == pytest.approx(policy_loss + 0.3 * value_loss)
+    assert policy_loss.item() == pytest.approx(-(log_half * 1.0 + log_three_quarters * 0.0))
+    assert value_loss.item() == pytest.approx(0.5 * 1.0**2 + 0.5 * 0.0**2)
+    entropies = [-log_half, -(0.75 * log_three_quarters + 0.25 * np.log(0.25))]
+    assert entropy.item() == pytest.approx(sum(entropies))
 
 
 def test_gradients_flow_where_they_should_and_nowhere_else():
     logits = torch.randn(3, 6, requires_grad=True)
     values = torch.tensor([0.3, -0.2, 0.1], requires_grad=True)
     actions, rewards = [0, 5, 2], [1.0, 0.0, -1.0]
-    args = options(gamma=0.9, gae_lambda=0.5, entropy_coef=0.0)
-    a3c_loss(logits, values, actions, rewards, 0.7, args)[0].backward()
-    returns = torch.tensor(discounted_returns(rewards, 0.7, 0.9))
+    args = options(gamma=0.9, gae_lambda=0.5)
+    policy_loss, value_loss, _ = a3c_losses(values, logits, actions, rewards, 0.7, args)
+    (policy_loss + value_loss).backward()
+    returns, advantages = returns_and_advantages(rewards, values.tolist(), 0.7, 0.9, 0.5)
     # Into the values: the value loss's gradient alone.
-    torch.testing.assert_close(values.grad, 0.5 * (values.detach() - returns))
+    torch.testing.assert_close(values.grad, values.detach() - torch.tensor(returns))
     # Into the logits: advantage x (policy - chosen action).
-    advantages = torch.tensor(generalized_advantages(rewards, values.tolist(), 0.7, 0.9, 0.5))
-    expected = (logits.detach().softmax(1) - torch.eye(6)[actions]) * advantages.unsqueeze(1)
-    torch.testing.assert_close(logits.grad, expected)
+    expected = logits.detach().softmax(1) - torch.eye(6)[actions]
+    torch.testing.assert_close(logits.grad, expected * torch.tensor(advantages).unsqueeze(1))
 
 
 class ShortGame(gym.Env):
@@ -90,29 +85,48 @@ class ShortGame(gym.Env):
         return self.observe(), 5.0, at_end and self.ends[0], at_end and self.ends[1], {}
 
     def observe(self):
-        return np.random.default_rng(self.num_steps).standard_normal((1, 42, 42), dtype=np.float32)
+        rng = np.random.default_rng(self.num_steps)
+        return rng.standard_normal((1, 42, 42), dtype=np.float32)
+
+
+class RecordedAdam(SharedAdam):
+    """Keeps the gradients and learning rates that it is given."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gradients, self.rates = [], []
+
+    def step(self):
+        self.gradients.append([p.grad.clone() for p in self.param_groups[0]["params"]])
+        self.rates.append(self.param_groups[0]["lr"])
+        super().step()
+
+
+def create_shared(args):
+    torch.manual_seed(0)
+    shared = SharedState(args, 1, 6)
+    shared.optimizers = [RecordedAdam(shared.model.parameters(), lr=args.lr)]
+    return shared
 
 
 def train_here(args, run_folder, shared=None):
     """Train in this process, as worker 0 of one; return the run's state."""
-    torch.manual_seed(0)
-    shared = shared or RunState(args, 1, 6)
+    shared = shared or create_shared(args)
     train.train(0, args, shared, run_folder, 0)
     assert shared.ready[0]
     return shared
 
 
-def losses_of(monkeypatch, args, run_folder):
-    """Train in this process and return what each rollout's loss was computed from."""
+@pytest.fixture
+def losses_of(monkeypatch):
+    """What each rollout's losses were computed from."""
     calls = []
 
-    def recorded(logits, values, actions, rewards, bootstrap, args):
+    def recorded(values, logits, actions, rewards, bootstrap, args):
         calls.append(SimpleNamespace(values=values, rewards=rewards, bootstrap=bootstrap))
-        return a3c_loss(logits, values, actions, rewards, bootstrap, args)
+        return a3c_losses(values, logits, actions, rewards, bootstrap, args)
 
-    monkeypatch.setattr(train, "a3c_loss", recorded)
-    shared = train_here(args, run_folder)
-    assert shared.steps.item() == sum(len(call.rewards) for call in calls)
+    monkeypatch.setattr(train, "a3c_losses", recorded)
     return calls
 
 
@@ -127,75 +141,78 @@ def losses_of(monkeypatch, args, run_folder):
     ],
 )
 def test_the_bootstrap_is_zero_after_an_end_and_the_critics_value_after_a_cut(
-    monkeypatch, tmp_path, terminates, truncates, max_episode_length, num_steps, length, cut
+    losses_of,
+    monkeypatch,
+    tmp_path,
+    terminates,
+    truncates,
+    max_episode_length,
+    num_steps,
+    length,
+    cut,
 ):
-    monkeypatch.setattr(train, "create_atari_env", lambda env_name: ShortGame(terminates, truncates))
+    game = ShortGame(terminates, truncates)
+    monkeypatch.setattr(train, "create_atari_env", lambda env_name: game)
     args = options(max_episode_length=max_episode_length, num_steps=num_steps, max_steps=1)
-    (rollout,) = losses_of(monkeypatch, args, tmp_path)
+    shared = create_shared(args)
+    model = ActorCritic(1, 6)
+    model.load_state_dict(shared.model.state_dict())
+    train_here(args, tmp_path, shared)
+    (rollout,) = losses_of
     assert rollout.rewards == [1.0] * length  # clipped
     assert rollout.values.shape == (length,)
-    torch.manual_seed(0)
-    model = ActorCritic(1, 6)
-    state, game = model.initial_state(), ShortGame(False, False)
+    assert shared.steps.item() == length
+    state = model.initial_state()
     for game.num_steps in range(length + 1):
         value, _, state = model(torch.from_numpy(game.observe()).unsqueeze(0), state)
-    assert rollout.bootstrap == pytest.approx(value.item() if cut else 0.0, abs=1e-6)
+    assert rollout.bootstrap == pytest.approx(value.item() if cut else 0.0, abs=1e-5)
     assert value.abs() > 1e-3
 
 
-def test_three_updates_hand_over_three_gradients_of_their_own(monkeypatch, tmp_path):
-    models, expected, received = [], [], []
+@backends
+def test_three_updates_hand_over_three_gradients_as_adam_would_take_them(
+    onednn, nnpack, monkeypatch, tmp_path
+):
+    models, expected = [], []
 
     def recorded_model(*sizes):
         models.append(ActorCritic(*sizes))
         return models[-1]
 
-    def recorded_loss(*inputs):
-        loss, parts = a3c_loss(*inputs)
-        expected.append(torch.autograd.grad(loss, list(models[-1].parameters()), retain_graph=True))
-        return loss, parts
-
-    class RecordedAdam(SharedAdam):
-        def step(self):
-            received.append([p.grad.clone() for p in self.param_groups[0]["params"]])
-            super().step()
+    def recorded_losses(*inputs):
+        losses = a3c_losses(*inputs)
+        policy_loss, value_loss, entropy = losses
+        loss = policy_loss + 0.5 * value_loss - 0.01 * entropy
+        parameters = list(models[-1].parameters())
+        expected.append(torch.autograd.grad(loss, parameters, retain_graph=True))
+        return losses
 
     monkeypatch.setattr(train, "ActorCritic", recorded_model)
-    monkeypatch.setattr(train, "a3c_loss", recorded_loss)
-    shared = RunState(options(), 1, 6)
-    before = [p.clone() for p in shared.model.parameters()]
-    shared.optimizers = [RecordedAdam(shared.model.parameters())]
-    train_here(options(), tmp_path, shared)
+    monkeypatch.setattr(train, "a3c_losses", recorded_losses)
+    shared = create_shared(options())
+    before = [p.detach().clone() for p in shared.model.parameters()]
+    twin = [p.clone().contiguous().requires_grad_() for p in before]
+    with backend(onednn, nnpack):
+        train_here(options(), tmp_path, shared)
+    received = shared.optimizers[0].gradients
     assert len(received) == len(expected) == 3
+    twin_optimizer = torch.optim.Adam(twin, lr=1e-4)
     for gradients, expected_gradients in zip(received, expected, strict=True):
         torch.testing.assert_close(gradients, list(expected_gradients))
+        for its_twin, gradient in zip(twin, gradients, strict=True):
+            its_twin.grad = gradient.contiguous()
+        twin_optimizer.step()
     assert not torch.equal(received[0][0], received[1][0])
-    assert all((p != q).any() for p, q in zip(shared.model.parameters(), before, strict=True))
+    for parameter, its_twin, start in zip(shared.model.parameters(), twin, before, strict=True):
+        change, expected_change = (parameter - start).flatten(), (its_twin - start).flatten()
+        assert torch.cosine_similarity(change, expected_change, dim=0) > 0.999
 
 
-def test_gradients_are_clipped_to_the_norm(tmp_path):
-    norms = []
-
-    class RecordedAdam(SharedAdam):
-        def step(self):
-            norms.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]).norm().item())
-
-    args = options(max_grad_norm=1e-4)
-    shared = RunState(args, 1, 6)
-    shared.optimizers = [RecordedAdam(shared.model.parameters())]
-    train_here(args, tmp_path, shared)
-    assert norms == pytest.approx([1e-4] * 3, rel=0.02)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_rollout_whose_loss_is_not_finite_is_dropped_and_counted(bad, monkeypatch, tmp_path):
-    losses = itertools.cycle([1.0, bad])
-    monkeypatch.setattr(train, "a3c_loss", lambda *inputs: (next(losses) * a3c_loss(*inputs)[0], {}))
-    shared = train_here(options(max_steps=200), tmp_path)
-    assert shared.dropped.item() == 5
-    assert shared.steps.item() == 200
-    assert shared.optimizers[0].state[next(shared.model.parameters())]["step"] == 5
-    assert all(p.isfinite().all() for p in shared.model.parameters())
+@pytest.mark.parametrize(("limit", "norm"), [(1e-4, 1e-4), (0.0, 0.0)])
+def test_gradients_are_clipped_to_the_norm(limit, norm, tmp_path):
+    shared = train_here(options(max_grad_norm=limit), tmp_path)
+    norms = [torch.nn.utils.get_total_norm(g).item() for g in shared.optimizers[0].gradients]
+    assert norms == pytest.approx([norm] * 3, rel=0.02)
 
 
 def steep(logits):
@@ -206,33 +223,84 @@ def endless(logits):
     return torch.tensor(float("inf"))  # with no slope at all
 
 
-@pytest.mark.parametrize("term", [steep, endless])
-def test_a_rollout_of_which_only_loss_or_gradient_is_finite_is_dropped(term, monkeypatch, tmp_path):
-    def bad_loss(logits, *inputs):
-        loss, parts = a3c_loss(logits, *inputs)
-        return loss + term(logits), parts
-
-    monkeypatch.setattr(train, "a3c_loss", bad_loss)
-    shared = train_here(options(), tmp_path)
-    assert shared.dropped.item() == 3
-    assert shared.optimizers[0].state[next(shared.model.parameters())]["step"] == 0
+def missing(logits):
+    return (logits * float("nan")).sum()
 
 
-@pytest.mark.parametrize(("schedule", "expected"), [("constant", [1.0] * 5), ("linear", [1.0, 0.8, 0.6, 0.4, 0.2])])
+@pytest.mark.parametrize("term", [steep, endless, missing])
+def test_a_rollout_whose_loss_or_gradient_is_not_finite_is_dropped_and_counted(
+    term, monkeypatch, tmp_path
+):
+    turns = itertools.cycle([False, True])
+
+    def sometimes_bad(values, logits, *rest):
+        policy_loss, value_loss, entropy = a3c_losses(values, logits, *rest)
+        return policy_loss + (term(logits) if next(turns) else 0.0), value_loss, entropy
+
+    monkeypatch.setattr(train, "a3c_losses", sometimes_bad)
+    shared = train_here(options(max_steps=200), tmp_path)
+    assert shared.dropped.item() == 5
+    assert shared.steps.item() == 200
+    assert len(shared.optimizers[0].gradients) == 5
+    assert all(p.isfinite().all() for p in shared.model.parameters())
+    assert shared.figures.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("constant", [1.0] * 5), ("linear", [1.0, 0.8, 0.6, 0.4, 0.2])]
+)
 def test_the_learning_rate_follows_its_schedule(schedule, expected, tmp_path):
-    rates = []
-
-    class RecordedAdam(SharedAdam):
-        def step(self):
-            rates.append(self.param_groups[0]["lr"])
-
     args = options(max_steps=100, lr=0.01, lr_schedule=schedule)
-    shared = RunState(args, 1, 6)
-    shared.optimizers = [RecordedAdam(shared.model.parameters(), lr=args.lr)]
-    train_here(args, tmp_path, shared)
-    assert rates == pytest.approx([0.01 * factor for factor in expected])
+    shared = train_here(args, tmp_path)
+    assert shared.optimizers[0].rates == pytest.approx([0.01 * factor for factor in expected])
 
 
-def test_every_process_draws_from_a_seed_of_its_own():
-    seeds = {train.worker_seed(*numbers) for numbers in itertools.product(range(20), range(17), range(3))}
-    assert len(seeds) == 20 * 17 * 3
+def test_what_the_workers_learn_by_is_added_up(losses_of, tmp_path):
+    shared = train_here(options(max_steps=100), tmp_path)
+    means, sums = shared.mean_figures(since=torch.zeros(()))
+    assert means["entropy"] == pytest.approx(np.log(6), abs=0.01)  # nats a step
+    assert means["learning_rate"] == pytest.approx(1e-4)
+    assert means["gradient_norm"] > 0
+    assert sums[0] == sum(len(call.rewards) for call in losses_of) == 100
+    assert shared.mean_figures(since=sums)[0] == {}
+
+
+def test_a_worker_ends_when_the_run_is_stopped(tmp_path):
+    shared = create_shared(options())
+    shared.stop[0] = STOP
+    assert train_here(options(), tmp_path, shared).steps.item() == 0
+
+
+class Catch(gym.Env):
+    """A toy world: which half of the picture is bright tells which of two actions is right."""
+
+    def __init__(self):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (1, 42, 42), np.float32)
+        self.action_space = spaces.Discrete(2)
+        self.rng, self.rewards = random.Random(0), []
+
+    def reset(self, seed=None, options=None):
+        self.num_steps = 0
+        return self.observe(), {}
+
+    def observe(self):
+        self.side = self.rng.randrange(2)
+        picture = np.full((1, 42, 42), -1.0, np.float32)
+        picture[..., 21 * self.side : 21 * (self.side + 1)] = 1.0
+        return picture
+
+    def step(self, action):
+        reward = 1.0 if action == self.side else -1.0
+        self.rewards.append(reward)
+        self.num_steps += 1
+        return self.observe(), reward, self.num_steps == 10, False, {}
+
+
+def test_training_learns_a_toy_world(monkeypatch, tmp_path):
+    world = Catch()
+    monkeypatch.setattr(train, "create_atari_env", lambda env_name: world)
+    args = options(max_steps=3000, lr=1e-3)
+    torch.manual_seed(0)
+    train_here(args, tmp_path, SharedState(args, 1, 2))
+    assert abs(np.mean(world.rewards[:100])) < 0.5  # chance is 0
+    assert np.mean(world.rewards[-300:]) > 0.9  # the best is 1

@@ -1,19 +1,149 @@
+"""Signals, locks and turns, and the supervision, with processes that do what they are told."""
+
+import errno
 import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import time
+from multiprocessing import resource_tracker
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch.multiprocessing as mp
 
-import workers
-from workers import CoreTurn
+from harness import workers
+from harness.workers import CoreTurn, run_folder_locked
 
-spawn = mp.get_context("spawn")
+spawn = multiprocessing.get_context("spawn")
+ROOT = Path(__file__).parents[1]
 
 
-def take_a_turn(folder, rank, has_it, give_it_back):
-    with CoreTurn(folder, rank):
+def python(source):
+    """Run a program of few imports, and return what it did."""
+    command = [sys.executable, "-c", source]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+# Signals.
+
+
+@pytest.mark.parametrize("taken_by", ["nobody yet", "another thread"])
+def test_a_held_signal_waits_until_it_is_asked_for(taken_by):
+    thread = taken_by == "another thread"  # such as a library's, which does not block signals
+    done = python(f"""
+import os, signal, threading, time
+from harness.workers import next_signal, signals_held
+
+if {thread}:
+    threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
+with signals_held():
+    assert next_signal() is None
+    for number in signal.SIGTERM, signal.SIGTERM, signal.SIGHUP:
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)
+    came = []
+    while number := next_signal():
+        came.append(int(number))
+    assert sorted(set(came)) == [signal.SIGHUP, signal.SIGTERM], came
+    os.kill(os.getpid(), signal.SIGTERM)  # is dropped
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+except KeyboardInterrupt:
+    os._exit(7)
+""")
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_before_the_run_a_signal_ends_the_process_at_once():
+    done = python("""
+import os, signal
+from harness.workers import end_at_once_on_signals
+
+end_at_once_on_signals()
+os.kill(os.getpid(), signal.SIGTERM)
+raise AssertionError("it went on")
+""")
+    assert (done.returncode, done.stderr) == (143, "")
+
+
+def test_a_signal_that_the_parent_ignores_stays_ignored():
+    done = python("""
+import os, signal
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+from harness.workers import end_at_once_on_signals, next_signal, signals_held
+
+end_at_once_on_signals()
+os.kill(os.getpid(), signal.SIGHUP)
+with signals_held():
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert next_signal() is None
+os.kill(os.getpid(), signal.SIGHUP)
+os._exit(7)
+""")
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+# Locks and turns.
+
+
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def claim(folder):
+    return python(f"""
+from pathlib import Path
+from harness.workers import run_folder_locked
+
+with run_folder_locked(Path({str(folder)!r})):
+    print("it is mine")
+""")
+
+
+def test_a_run_folder_belongs_to_one_process_at_a_time(tmp_path, capsys):
+    with run_folder_locked(tmp_path):
+        refused = claim(tmp_path)
+    assert f"ValueError: {tmp_path} is in use by a run that goes on" in refused.stderr
+    assert claim(tmp_path).stdout == "it is mine\n"
+    assert capsys.readouterr().err == ""
+
+
+def test_where_there_are_no_locks_a_run_folder_is_claimed_with_a_line(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(workers.fcntl, "lockf", no_locks)
+    with run_folder_locked(tmp_path):
+        pass
+    said = capsys.readouterr().err
+    assert said.startswith(f"no locks in {tmp_path} (No locks available): ")
+    assert said.count("\n") == 1
+
+
+def test_where_there_are_no_locks_everybody_runs_at_any_time(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(workers.fcntl, "lockf", no_locks)
+    first, second = CoreTurn(tmp_path, 0), CoreTurn(tmp_path, workers.num_cores())
+    for _ in range(3):
+        with first, second:
+            pass
+    assert capsys.readouterr().err == ""
+
+
+def take_a_turn(folder, rank, comes, has_it, give_it_back):
+    turn = CoreTurn(folder, rank)
+    comes.set()
+    with turn:
         has_it.set()
         give_it_back.wait()
+
+
+def stands_in_line(process):
+    """Whether this process waits for a lock, as Linux tells."""
+    with open("/proc/locks") as file:
+        return any("->" in line and str(process.pid) in line.split() for line in file)
 
 
 @pytest.fixture
@@ -21,12 +151,21 @@ def start(tmp_path):
     """Start a process that takes a turn and keeps it until told; return it with its two events."""
     started = []
 
-    def start(rank):
-        has_it, give_it_back = spawn.Event(), spawn.Event()
-        process = spawn.Process(target=take_a_turn, args=(tmp_path, rank, has_it, give_it_back))
+    def start(rank, waits=False):
+        comes, has_it, give_it_back = (spawn.Event() for _ in range(3))
+        args = tmp_path, rank, comes, has_it, give_it_back
+        process = spawn.Process(target=take_a_turn, args=args)
         process.start()
-        started.append((process, has_it, give_it_back))  # an event that nobody refers to any more is gone
-        return started[-1]
+        started.append((process, has_it, give_it_back, comes))  # or the events would be gone
+        assert comes.wait(20)
+        if waits and Path("/proc/locks").exists():
+            deadline = time.monotonic() + 20
+            while not stands_in_line(process):
+                assert time.monotonic() < deadline, "it does not wait"
+                time.sleep(0.02)
+        elif waits:
+            time.sleep(1)
+        return process, has_it, give_it_back
 
     yield start
     for process, *_ in started:
@@ -38,11 +177,10 @@ def test_a_core_gives_one_turn_at_a_time_and_other_cores_theirs(start):
     cores = workers.num_cores()
     _, has_it, give_it_back = start(0)
     assert has_it.wait(20)
-    _, other_core_has_it, _ = start(1)
-    _, next_has_it, _ = start(cores)
+    _, next_has_it, _ = start(cores, waits=True)
     if cores > 1:
+        _, other_core_has_it, _ = start(1)
         assert other_core_has_it.wait(20)
-    time.sleep(3)  # long enough to start up
     assert not next_has_it.is_set()
     give_it_back.set()
     assert next_has_it.wait(20)
@@ -53,12 +191,13 @@ def test_a_killed_worker_stalls_nobody(start, victim):
     cores = workers.num_cores()
     holder, has_it, give_it_back = start(0)
     assert has_it.wait(20)
-    next_in_line, *_ = start(cores)
-    time.sleep(3)
-    _, last_has_it, _ = start(2 * cores)
+    next_in_line, next_has_it, next_gives_it_back = start(cores, waits=True)
+    _, last_has_it, _ = start(2 * cores, waits=True)
     if victim == "the holder":
-        next_in_line.kill()
         holder.kill()
+        assert next_has_it.wait(20)
+        assert not last_has_it.is_set()
+        next_gives_it_back.set()
     else:
         next_in_line.kill()
         give_it_back.set()
@@ -77,7 +216,9 @@ def take_turns(folder, rank, all_here, order):
 def test_a_turn_lasts_two_rollouts_and_then_is_somebody_elses(tmp_path):
     ranks = [n * workers.num_cores() for n in range(3)]
     all_here, order = spawn.Barrier(3), spawn.SimpleQueue()
-    processes = [spawn.Process(target=take_turns, args=(tmp_path, rank, all_here, order)) for rank in ranks]
+    processes = [
+        spawn.Process(target=take_turns, args=(tmp_path, rank, all_here, order)) for rank in ranks
+    ]
     for process in processes:
         process.start()
     rollouts = [order.get() for _ in range(30)]
@@ -86,4 +227,172 @@ def test_a_turn_lasts_two_rollouts_and_then_is_somebody_elses(tmp_path):
     turns = rollouts[::2]
     assert turns == rollouts[1::2]
     last_with_company = max(n for n in range(15) if len(set(turns[n:])) > 1)
-    assert all(a != b for a, b in itertools.pairwise(turns[1 : last_with_company + 1]))  # all stand in line by then
+    # All stand in line once the first turn is over.
+    assert all(a != b for a, b in itertools.pairwise(turns[1 : last_with_company + 1]))
+
+
+# Supervision.
+
+
+class Supervised:
+    """Jobs of one target in a folder, and what became of them."""
+
+    def __init__(self, folder, target, num_jobs=1, context=spawn):
+        import torch  # not above, as the processes import this file
+
+        resource_tracker.ensure_running()
+        self.ready = torch.zeros(num_jobs, dtype=torch.int64)
+        self.stop, self.restarts = (torch.zeros(1, dtype=torch.int64) for _ in range(2))
+        jobs = [workers.Job(f"worker {n}", n, target, (folder, n)) for n in range(num_jobs)]
+        shared = self.ready, self.stop, self.restarts
+        self.supervisor = workers.Supervisor(context, jobs, *shared, folder)
+
+    def watch(self, look=lambda: None, seconds=30):
+        """Watch until the jobs are done, looking each time."""
+        deadline = time.monotonic() + seconds
+        with self.supervisor:
+            for _ in self.supervisor.watch():
+                assert time.monotonic() < deadline
+                look()
+
+
+def raise_always(folder, rank, restarts):
+    raise ValueError(f"nothing to do\nwith {restarts} restarts")
+
+
+def test_a_worker_that_raises_again_and_again_ends_the_run(tmp_path, capsys):
+    with pytest.raises(workers.DiedTooOftenError) as raised:
+        Supervised(tmp_path, raise_always).watch()
+    files = [tmp_path / f"traceback-worker-0-{n}.txt" for n in range(4)]
+    reports = [
+        f"worker 0 died: with {n} restarts (whole traceback: {file})"
+        for n, file in enumerate(files)
+    ]
+    again = "".join(f"{report}; it is started again\n" for report in reports[:3])
+    assert capsys.readouterr().err == again
+    often = "that was 4 times in 10 minutes, so the run ends"
+    assert str(raised.value) == f"{reports[3]}; {often}"
+    assert "ValueError: nothing to do" in files[0].read_text()
+
+
+def die_at_once(folder, rank, restarts):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_deaths_while_starting_up_count_too(tmp_path, capsys):
+    with pytest.raises(workers.DiedTooOftenError, match="that was 4 times in 10 minutes"):
+        Supervised(tmp_path, die_at_once).watch()
+    report = "worker 0 died: signal 9, SIGKILL; it is started again\n"
+    assert capsys.readouterr().err == 3 * report
+
+
+def exit_until_restarted_five_times(folder, rank, restarts):
+    os._exit(7 if restarts < 5 else 0)
+
+
+def test_deaths_that_lie_far_apart_do_not_end_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(workers, "DEATHS_WITHIN", 0.0)
+    run = Supervised(tmp_path, exit_until_restarted_five_times)
+    run.watch()
+    assert run.restarts == 5
+    report = "worker 0 died: exit status 7; it is started again\n"
+    assert capsys.readouterr().err == 5 * report
+
+
+def leave_a_mark(folder, rank, restarts):
+    (folder / f"worker-{rank}").touch()
+
+
+def test_workers_not_yet_started_are_not_when_the_end_has_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "num_cores", lambda: 1)
+    run = Supervised(tmp_path, leave_a_mark, num_jobs=3)
+    run.watch(look=lambda: run.stop.clamp_(min=workers.FINISH))
+    assert [path.name for path in tmp_path.glob("worker-*")] == ["worker-0"]
+
+
+def sleep(folder, rank, restarts):
+    leave_a_mark(folder, rank, restarts)
+    time.sleep(30)
+
+
+def test_an_exception_of_whoever_watches_leaves_no_process(tmp_path):
+    def give_up_once_it_runs():
+        if (tmp_path / "worker-0").exists():
+            assert len(multiprocessing.active_children()) == 1
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Supervised(tmp_path, sleep).watch(look=give_up_once_it_runs)
+    assert multiprocessing.active_children() == []
+
+
+def test_all_are_ready_once_each_has_started_up_and_not_while_one_starts_again(tmp_path, capsys):
+    run = Supervised(tmp_path, sleep, num_jobs=2)
+    watch = run.supervisor.watch()
+
+    def watch_until(condition):
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
+            next(watch)
+
+    with run.supervisor:
+        watch_until(lambda: len(list(tmp_path.glob("worker-*"))) == 2)
+        assert not run.supervisor.all_ready()
+        run.ready[:] = 1
+        assert run.supervisor.all_ready()
+        multiprocessing.active_children()[0].kill()
+        watch_until(lambda: run.restarts == 1)
+        assert not run.supervisor.all_ready()
+        next(watch)
+        assert len(multiprocessing.active_children()) == 2
+        assert not run.supervisor.all_ready()
+
+
+class CannotStart:
+    """multiprocessing's context where the starts in `refused` find no process to be had."""
+
+    def __init__(self, refused):
+        self._refused, self._starts, self.times = refused, itertools.count(), []
+
+    def Process(self, **job):  # noqa: N802 - its name there
+        self.times.append(time.monotonic())
+        refused = next(self._starts) in self._refused
+        return SimpleNamespace(start=find_no_process) if refused else spawn.Process(**job)
+
+
+def find_no_process():
+    raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
+def exit_once(folder, rank, restarts):
+    os._exit(0 if restarts else 7)
+
+
+COULD_NOT = "worker 0 could not be started: Resource temporarily unavailable"
+
+
+def test_a_worker_that_cannot_be_started_again_is_tried_again_later(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(workers, "START_AGAIN_AFTER", 0.5)
+    context = CannotStart(refused=[1, 2])
+    run = Supervised(tmp_path, exit_once, context=context)
+    run.watch()
+    assert run.restarts == 3
+    died = "worker 0 died: exit status 7; it is started again\n"
+    assert capsys.readouterr().err == died + 2 * f"{COULD_NOT}; it is started again\n"
+    assert all(b - a >= 0.5 for a, b in itertools.pairwise(context.times[1:]))
+
+
+def test_starts_that_fail_count_as_deaths(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(workers, "START_AGAIN_AFTER", 0.0)
+    with pytest.raises(workers.DiedTooOftenError, match=f"^{COULD_NOT}; that was 4 times in 10 "):
+        Supervised(tmp_path, exit_once, context=CannotStart(refused=range(1, 9))).watch()
+    assert capsys.readouterr().err.count("\n") == 3
+
+
+def test_a_worker_that_cannot_be_started_at_all_ends_the_run_at_once(tmp_path, capsys):
+    context = CannotStart(refused=[0])
+    with pytest.raises(workers.DiedTooOftenError, match=f"^{COULD_NOT}$"):
+        Supervised(tmp_path, exit_once, context=context).watch()
+    assert len(context.times) == 1
+    assert capsys.readouterr().err == ""

@@ -1,7 +1,8 @@
-"""A3C's worker written the textbook way, plain and obviously right: the fast worker's twin, and its yardstick.
+"""A3C's worker written the textbook way, plain and obviously right: the fast worker's twin, and its
+yardstick.
 
-A graph that grows step by step, losses summed up scalar by scalar, one small kernel after another in Adam, the
-screen read in three colours; no batching, no turns, no tricks.
+A graph that grows step by step, losses summed up scalar by scalar, one small kernel after another
+in Adam, the screen read in three colours; no batching, no turns, no tricks.
 """
 
 import cv2
@@ -14,7 +15,6 @@ from gym import spaces
 from envs import AtariEnv, NormalizedObservation
 from model import ActorCritic
 from my_optim import SharedAdam
-from train import worker_seed
 
 
 class ColourScreen(gym.ObservationWrapper):
@@ -34,12 +34,12 @@ class Normalized(NormalizedObservation):
     """The same normaliser in numpy."""
 
     def observation(self, observation):
-        self.num_frames += 1
-        self.mean = self.mean * self.DECAY + observation.mean() * (1 - self.DECAY)
-        self.std = self.std * self.DECAY + observation.std() * (1 - self.DECAY)
-        mean = self.mean / (1 - self.DECAY**self.num_frames)
-        std = self.std / (1 - self.DECAY**self.num_frames)
-        return (observation - mean) / (std + 1e-8)
+        mean, std, n = self.statistics
+        mean = mean * self.DECAY + observation.mean() * (1 - self.DECAY)
+        std = std * self.DECAY + observation.std() * (1 - self.DECAY)
+        n += 1
+        self.statistics = mean, std, n
+        return (observation - mean / (1 - self.DECAY**n)) / (std / (1 - self.DECAY**n) + 1e-8)
 
 
 def create_env(env_id):
@@ -61,10 +61,12 @@ class PlainAdam(SharedAdam):
 
 
 def loss_of(values, log_probs, entropies, rewards, bootstrap, args):
-    """Sum up the losses of a rollout, from lists of (1, 1) tensors, backwards from its last step."""
+    """Sum up the losses of a rollout, from lists of (1, 1) tensors, from its last step on."""
     policy_loss, value_loss = 0, 0
     R, gae, next_value = bootstrap, torch.zeros(1, 1), bootstrap
-    for value, log_prob, entropy, reward in list(zip(values, log_probs, entropies, rewards, strict=True))[::-1]:
+    for value, log_prob, entropy, reward in list(
+        zip(values, log_probs, entropies, rewards, strict=True)
+    )[::-1]:
         R = reward + args.gamma * R
         value_loss = value_loss + 0.5 * (R - value).pow(2)
         delta = reward + args.gamma * next_value - value.detach()
@@ -82,7 +84,7 @@ def evaluate_policy(model, observation, state):
 
 
 def rollout_gradient(model, observations, state, actions, rewards, terminated, args):
-    """Return the gradient of a stored rollout (its T + 1 observations included), a list of tensors."""
+    """Return the gradient of a stored rollout, which has T + 1 observations, as tensors."""
     values, chosen, entropies = [], [], []
     for observation, action in zip(observations[:-1], actions, strict=True):
         value, log_probs, entropy, state = evaluate_policy(model, observation, state)
@@ -96,9 +98,9 @@ def rollout_gradient(model, observations, state, actions, rewards, terminated, a
     return torch.autograd.grad(loss, list(model.parameters()))
 
 
-def train(rank, args, shared, run_folder, life):
+def train(rank, args, shared, run_folder, restarts):
     torch.set_num_threads(1)
-    seed = worker_seed(args.seed, rank, life)
+    seed = args.seed + rank
     optimizer = shared.optimizer(rank)
     torch.manual_seed(seed)
     env = create_env(args.env_name)
@@ -112,7 +114,9 @@ def train(rank, args, shared, run_folder, life):
         state = tuple(s.detach() for s in state)
         values, chosen, entropies, rewards = [], [], [], []
         for _ in range(args.num_steps):
-            value, log_probs, entropy, state = evaluate_policy(model, torch.from_numpy(observation), state)
+            value, log_probs, entropy, state = evaluate_policy(
+                model, torch.from_numpy(observation), state
+            )
             action = log_probs.detach().exp().multinomial(1)
             observation, reward, terminated, truncated, _ = env.step(action.item())
             episode_length += 1
@@ -130,7 +134,9 @@ def train(rank, args, shared, run_folder, life):
         model.zero_grad()
         loss_of(values, chosen, entropies, rewards, bootstrap, args).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        for parameter, shared_parameter in zip(model.parameters(), shared.model.parameters(), strict=True):
+        for parameter, shared_parameter in zip(
+            model.parameters(), shared.model.parameters(), strict=True
+        ):
             shared_parameter.grad = parameter.grad
         optimizer.step()
         shared.steps[rank] += len(rewards)

@@ -1,0 +1,115 @@
+"""What every file may need: one-line messages, types of options, files that are always whole."""
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+LARGEST_INT = 2**63 - 1  # of 64 bits
+
+
+def say(message: str, file: TextIO | None = None) -> None:
+    """Print at once, "?" for letters that the terminal lacks; it may even have gone away."""
+    file = file or sys.stdout
+    if file is None:  # closed before Python started
+        return
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    try:
+        print(message.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the rest of this process's life
+
+
+def complain(message: object) -> None:
+    """Say in one line on stderr what went wrong, where the run goes on."""
+    say(" ".join(str(message).split()), sys.stderr)
+
+
+def fail(message: object) -> NoReturn:
+    """Say in one line what is wrong with the input, and exit with status 2."""
+    complain(f"error: {message}")
+    sys.exit(2)
+
+
+def reason(error: BaseException) -> str:
+    """Return what an exception says, in a few words."""
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def report_write_errors(path: Path) -> Iterator[None]:
+    """Let the block, which writes to `path`, fail, as on a full disk: say so and go on after it."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
+        complain(f"{path} not written: {reason(error)}")
+
+
+def write(data: bytes, path: Path) -> None:
+    """Write beside `path` and rename, so that there always is a whole file; raise `OSError`."""
+    path = Path(os.path.realpath(path))  # what a symbolic link points to
+    beside = path.with_name(path.name + ".new")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def number(
+    kind: type, low: float = -math.inf, high: float | None = None
+) -> Callable[[str], int | float]:
+    """Return an argparse type for a finite int (of 64 bits) or float in [low, high]."""
+    highest = (LARGEST_INT if kind is int else math.inf) if high is None else high
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if low <= value <= highest and abs(value) != math.inf:
+            return value
+        limits = f" of at least {low}" if low > -math.inf else ""
+        if highest < value < math.inf or (kind is float and high is not None):
+            limits = f" from {low} to {highest}"
+        whole = "whole " if kind is int else ""
+        raise argparse.ArgumentTypeError(f"must be a {whole}number{limits}, not '{text}'")
+
+    return parse
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Return an argparse type for one of a few words."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(
+                f"invalid choice: '{text}' (choose {' or '.join(choices)})"
+            )
+        return text
+
+    return parse
+
+
+def nonempty_path(text: str) -> Path:
+    """Convert an argparse argument to a path; an empty one would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
+def read_text(path: Path) -> str:
+    """Return a text file's contents; raise `OSError`, or `ValueError` if it is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file") from None

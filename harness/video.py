@@ -1,0 +1,148 @@
+"""Videos of the game, plain or with what the agent sees and thinks beside it."""
+
+import math
+from collections import deque
+from pathlib import Path
+from typing import Self
+
+import cv2
+import gym
+import numpy as np
+from imageio_ffmpeg import count_frames_and_secs, write_frames
+
+from harness.utils import report_write_errors
+
+WHITE, GREY, GREEN, BLUE = (235, 235, 235), (120, 120, 120), (110, 220, 110), (110, 170, 255)
+
+
+class Video:
+    """A context manager that streams the game to ffmpeg, at twice its size; with path None, it does
+    nothing.
+
+    Memory stays constant however long the episode. H.264 with yuv420p plays everywhere; a name that
+    ends in .gif makes a GIF. If this process dies, ffmpeg sees the end of its input and closes the
+    file properly. If the video cannot be written, the game goes on. With `annotate`, a panel stands
+    beside the game (see `draw_panel`).
+    """
+
+    def __init__(self, path: Path | None, env: gym.Env, annotate: bool = False) -> None:
+        self._env, self._path, self._annotate = env, path, annotate
+        self._writer = None
+        if path is None:
+            return
+        fps = env.unwrapped.metadata["render_fps"]
+        self._values: deque[float] = deque(maxlen=int(5 * fps))
+        height, width = env.unwrapped.observation_space.shape
+        # "file:", or ffmpeg would take a name with a colon for a protocol.
+        self._url = f"file:{path.absolute()}"
+        palette = "split[a][b];[a]palettegen=max_colors=64[p];[b][p]paletteuse=dither=none"
+        gif = {"codec": "gif", "pix_fmt_out": "pal8", "output_params": ["-filter_complex", palette]}
+        # One thread: the cores are the workers'.
+        mp4 = {"quality": 7, "output_params": ["-preset", "veryfast", "-threads", "1"]}
+        writer = write_frames(
+            self._url,
+            (2 * width * (2 if annotate else 1), 2 * height),
+            fps=fps,
+            macro_block_size=2,
+            ffmpeg_log_level="fatal",  # a stop may cut the last frame in two, which is no news
+            **(gif if path.suffix == ".gif" else mp4),
+        )
+        with report_write_errors(path):
+            path.touch()  # tells the reason where ffmpeg would only break its pipe
+            writer.send(None)
+            self._writer = writer
+
+    @property
+    def is_on(self) -> bool:
+        """Whether frames are wanted."""
+        return self._writer is not None
+
+    def _send(self, frame: np.ndarray | None) -> None:
+        writer, self._writer = self._writer, None
+        with report_write_errors(self._path):
+            writer.send(frame)
+            self._writer = writer
+
+    def add_frame(
+        self, observation: np.ndarray, score: float, value: float, policy: list[float]
+    ) -> None:
+        """Append the screen, its pixels kept sharp; value and policy are the agent's, of the
+        `observation`.
+        """
+        if not self.is_on:
+            return
+        frame = cv2.resize(self._env.render(), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
+        if self._annotate:
+            self._values.append(value)
+            names = self._env.unwrapped.action_names
+            probabilities = dict(zip(names, policy, strict=True))
+            panel = draw_panel(frame.shape, observation, score, self._values, probabilities)
+            frame = np.concatenate([frame, panel], axis=1)
+        self._send(np.ascontiguousarray(frame))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_on:
+            self._writer.close()
+            with report_write_errors(self._path):  # ffmpeg keeps it to itself if it cannot write
+                count_frames_and_secs(self._url)
+
+
+def draw_panel(
+    shape: tuple[int, ...],
+    observation: np.ndarray,
+    score: float,
+    values: deque[float],
+    policy: dict[str, float],
+) -> np.ndarray:
+    """Return a panel, `shape` uint8: score, what the network sees, its value of the last steps, its
+    policy as bars.
+
+    The entropy of the policy is in nats, beside the highest that it could have.
+    """
+    panel = np.full(shape, 24, np.uint8)
+    height, width = shape[:2]
+
+    def text(
+        words: str, x: int, y: int, colour: tuple[int, int, int] = WHITE, size: float = 0.42
+    ) -> None:
+        cv2.putText(panel, words, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
+
+    text(f"score {score:g}", 12, 22)
+    text("what the network sees", 12, 44, GREY)
+    low, high = observation.min(), observation.max()
+    seen = ((observation[0] - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
+    panel[52:178, 12:138] = cv2.resize(seen, (126, 126), interpolation=cv2.INTER_NEAREST)[
+        ..., np.newaxis
+    ]
+
+    text(f"value {values[-1]:+.2f}, the last 5 s", 12, 204, GREEN)
+    top, bottom, left, right = 214, 274, 12, width - 12
+    limit = max(1.0, *map(abs, values))
+    middle = (top + bottom) // 2
+    cv2.line(panel, (left, middle), (right, middle), GREY, 1)
+    text(f"{-limit:.1f} to {limit:.1f}", right - 80, 204, GREY)
+    x = right - np.arange(len(values))[::-1] * (right - left) / values.maxlen
+    points = np.stack([x, middle - np.array(values) / limit * (bottom - top) / 2], axis=1)
+    cv2.polylines(panel, [points.round().astype(np.int32)], False, GREEN, 1, cv2.LINE_AA)
+
+    entropy = sum(-p * math.log(p) for p in policy.values() if p > 0)
+    text(f"policy, entropy {entropy:.2f} of {math.log(len(policy)):.2f}", 12, 287, BLUE)
+    columns = 1 if len(policy) <= 6 else 2  # up to 18 actions
+    rows, cell, names = -(-len(policy) // columns), (width - 12) // columns, (118, 88)[columns - 1]
+    row = min(22, (height - 294) // rows)
+    for n, (name, probability) in enumerate(policy.items()):
+        x, y = 12 + n // rows * cell, 294 + n % rows * row
+        text(name, x, y + 10, size=0.42 if columns == 1 else 0.31)
+        bar = int(probability * (cell - names - 48))
+        cv2.rectangle(panel, (x + names, y + 1), (x + names + bar, y + row - 4), BLUE, -1)
+        text(
+            f"{100 * probability:.0f}%",
+            x + cell - 42,
+            y + 10,
+            GREY,
+            size=0.42 if columns == 1 else 0.31,
+        )
+    return panel
