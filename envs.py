@@ -65,10 +65,10 @@ def find_game(env_id: str) -> AtariGame:
 
 
 class AtariEnv(gym.Env):
-    """One Atari game; an observation is the screen as indices into the game's palette, (height,
-    width) uint8.
+    """One Atari game.
 
-    Raises `ValueError` for an unknown id or render mode.
+    An observation is the screen, (height, width) uint8, as indices into the game's palette. Raises
+    `ValueError` for an unknown id or render mode.
     """
 
     metadata: ClassVar = {"render_modes": ["rgb_array", "human"]}
@@ -126,9 +126,7 @@ class AtariEnv(gym.Env):
         return frames
 
     def render(self) -> np.ndarray | None:
-        """Return the screen, (height, width, 3) uint8; None with "human", where the emulator draws
-        by itself.
-        """
+        """Return the screen, (height, width, 3) uint8; None with "human": the emulator draws."""
         return self.ale.getScreenRGB() if self.render_mode == "rgb_array" else None
 
     def _info(self) -> dict[str, Any]:
@@ -136,12 +134,12 @@ class AtariEnv(gym.Env):
 
 
 def process_screen(screen: np.ndarray, greys: np.ndarray) -> np.ndarray:
-    """Turn a screen, (height, width) uint8, into the (1, 42, 42) float32 picture of `greys`, (256,)
-    float32, of it.
+    """Return the network's picture, (1, 42, 42) float32, of a screen, (height, width) uint8.
 
-    Rows 34 to 193 hold the playing field. Going by way of 80x80 keeps every pixel of it in the
-    picture: bilinear interpolation reads four neighbours only, and from 160 straight to 42 it would
-    step over a ball of 2x4 pixels.
+    `greys`, (256,) float32, is the grey of each of the screen's palette indices. Rows 34 to 193
+    hold the playing field. Going by way of 80x80 keeps every pixel of it in the picture: bilinear
+    interpolation reads four neighbours only, and from 160 straight to 42 it would step over a ball
+    of 2x4 pixels.
     """
     field = cv2.LUT(screen[34:194], greys)
     # For one half, INTER_AREA gives bilinear's numbers in half the time.
@@ -150,8 +148,7 @@ def process_screen(screen: np.ndarray, greys: np.ndarray) -> np.ndarray:
 
 
 class ProcessedScreen(gym.ObservationWrapper):
-    """The picture of `process_screen` as the observation, grey being the mean of the three
-    channels, in [0, 1].
+    """The picture of `process_screen` as the observation; grey is the mean of three channels.
 
     Looking the palette's indices up is a quarter of the cost of reading three channels and
     averaging them. The emulator does not tell its palettes (there are several), so a colour is
@@ -175,8 +172,7 @@ class ProcessedScreen(gym.ObservationWrapper):
 
 
 class NormalizedObservation(gym.ObservationWrapper):
-    """(frame - mean) / (std + 1e-8), with running averages of the frames' own means and standard
-    deviations.
+    """(frame - mean) / (std + 1e-8), with running averages of the frames' own mean and std.
 
     Both averages are scalars over the whole picture, exponential averages with decay 0.9999 since
     the environment was made (across episodes), divided by 1 - 0.9999^n as they start from zero,
@@ -207,9 +203,9 @@ class NormalizedObservation(gym.ObservationWrapper):
 
 
 def create_atari_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """Return the game `env_id` with observations (1, 42, 42) float32, normalised, and unclipped
-    rewards.
+    """Return the game of an id, with observations (1, 42, 42) float32, normalised.
 
+    Rewards are not clipped. The normaliser is outermost, so `env.statistics` is what it has learnt.
     Raises `ValueError` for an unknown id or render mode ("rgb_array", "human" or None).
     """
     return NormalizedObservation(ProcessedScreen(AtariEnv(env_id, render_mode)))

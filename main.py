@@ -29,7 +29,7 @@ import torch.multiprocessing as mp
 
 from envs import create_atari_env, find_game
 from harness import utils
-from harness.checkpoint import SharedState, describe_versions, read_checkpoint
+from harness.checkpoint import SharedState, checkpoint_of, describe_versions, read_checkpoint
 from harness.episodes import EpisodeLog
 from harness.utils import complain, fail, number, one_of, reason, say
 from test import evaluate
@@ -86,8 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None, **defaults: Any) -> argparse.Namespace:
-    """Parse the command line (or `argv`); exit with status 2 and one line if something is wrong
-    with it.
+    """Parse the command line (or `argv`); bad input is one line and exit status 2.
 
     `defaults` take the place of the options' own. A text among them is converted and checked as if
     it had been typed, as argparse does. To resume a run, `prepare` parses twice: first to find the
@@ -104,7 +103,7 @@ def parse_args(argv: list[str] | None = None, **defaults: Any) -> argparse.Names
         fail("argument --save-dir: a run that is resumed stays in its folder")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         fail("argument --tensorboard: the package is missing: pip install tensorboard")
-    options_are_known = defaults or not args.resume
+    options_are_known = defaults or not args.resume  # at the first of two parses they are not
     for name in "lr", "entropy":
         linear = vars(args)[f"{name}_schedule"] == "linear"
         if linear and args.max_steps is None and options_are_known:
@@ -148,14 +147,13 @@ def find_run(
     return args, checkpoint
 
 
-def refuse_if_over(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> None:
+def refuse_if_over(args: argparse.Namespace, shared: SharedState, log: EpisodeLog) -> None:
     """Raise `ValueError` if the run to resume has reached its end."""
     if shared.has_made(args.max_steps):
         raise ValueError(f"the run has made its {args.max_steps} steps: name a higher --max-steps")
-    if EpisodeLog(run_folder, shared.total_steps()).has_reached(args.target_reward):
-        raise ValueError(
-            f"the run has reached its {args.target_reward}: name a higher --target-reward"
-        )
+    if log.has_reached(args.target_reward):
+        reached = f"the run has reached its {args.target_reward}"
+        raise ValueError(f"{reached}: name a higher --target-reward")
 
 
 def make_run_folder(args: argparse.Namespace) -> Path:
@@ -193,16 +191,20 @@ def prepare(
     args, checkpoint = parse_args(argv), None
     try:
         if args.resume:
+            checkpoint_of(args.resume)  # before the lock makes a file in a folder that is no run's
+            until_the_end.enter_context(workers.run_folder_locked(args.resume))
             args, checkpoint = find_run(args, argv)
         torch.manual_seed(args.seed)
         env = create_atari_env(args.env_name)
         shared = SharedState(args, env.observation_space.shape[0], env.action_space.n)
         if checkpoint:
+            run_folder = args.resume
             shared.restore(checkpoint)
-        run_folder = args.resume or make_run_folder(args)
-        until_the_end.enter_context(workers.run_folder_locked(run_folder))
-        if checkpoint:
-            refuse_if_over(args, shared, run_folder)
+            # Sets later rows aside, before any worker counts on.
+            refuse_if_over(args, shared, EpisodeLog(run_folder, shared.total_steps()))
+        else:
+            run_folder = make_run_folder(args)
+            until_the_end.enter_context(workers.run_folder_locked(run_folder))
         (run_folder / "videos").mkdir(exist_ok=True)
         options = json.dumps(vars(args), indent=2, default=str) + "\n"
         utils.write(options.encode(), run_folder / "options.json")
@@ -284,8 +286,10 @@ def run(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> int:
         outcome, status = f"Stopped by {signal.Signals(ended_by).name}", 128 + ended_by
     else:
         outcome, status = ("Gave up", 1) if gave_up else ("Done", 0)
+    dropped = int(shared.dropped.sum())
     say(
-        f"{outcome} after {shared.total_steps()} steps; the run lies in {run_folder}, "
+        f"{outcome} after {shared.total_steps()} steps"
+        f"{f', {dropped} rollouts dropped' if dropped else ''}; the run lies in {run_folder}, "
         f"and goes on with: {command_to_resume(args, shared, run_folder)}"
     )
     return status
@@ -298,6 +302,9 @@ def command_to_resume(args: argparse.Namespace, shared: SharedState, run_folder:
     command = [sys.orig_argv[0], script, "--resume", folder]
     if shared.has_made(args.max_steps):
         command += ["--max-steps", str(2 * args.max_steps)]
+    with contextlib.suppress(OSError, ValueError):
+        if EpisodeLog(run_folder, shared.total_steps()).has_reached(args.target_reward):
+            command += ["--target-reward", f"{args.target_reward + 1:g}"]
     return shlex.join(command)
 
 

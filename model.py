@@ -1,4 +1,4 @@
-"""The network: four convolutions, an LSTM cell, a critic and an actor (Mnih et al. 2016, 5.1)."""
+"""The network: four small convolutions, an LSTM cell, a critic and an actor on top."""
 
 import torch
 import torch.nn.functional as F

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class SharedAdam(torch.optim.Adam):
     """`torch.optim.Adam` with moments and step counts made at once, in shared memory.
 
-    Workers step it without a lock (Hogwild, Recht et al. 2011), so now and then one increment of
+    Workers step it without a lock (Hogwild, Recht et al. 2011), so now and then an increment of
     the step count is
     lost: a few in 100,000, which moves nothing but Adam's bias correction, by less than can be
     measured.
@@ -33,11 +33,10 @@ class SharedAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update the parameters from their gradients, by the kernel that Adam's own `fused` step
-        comes to.
+        """Update the parameters from their gradients, by the kernel of `Adam(fused=True)`.
 
-        The way there takes as long again as the kernel, and imports PyTorch's compiler: 800
-        modules, 1.1 s a process.
+        The public way to it, `torch.optim.Adam.step`, takes as long again as the kernel, and
+        imports PyTorch's compiler: 800 modules, 1.1 s a process.
         """
         group = self.param_groups[0]
         params, states = group["params"], self.state.values()

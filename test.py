@@ -5,7 +5,10 @@ python test.py runs/Pong-v0-1 --episodes 10 --record pong.mp4
 The unit tests are not here but in tests/.
 """
 
-import harness  # noqa: F401, I001 - first: it exits where the rest cannot run
+from harness import workers  # first: harness/__init__.py exits where the rest cannot run
+
+if __name__ == "__main__":
+    workers.end_at_once_on_signals()  # Ctrl-C is no traceback, also while libraries load
 
 import argparse
 import json
@@ -33,7 +36,7 @@ from harness.episodes import (
     draw_curve,
     read_episodes,
 )
-from harness.utils import fail, number, say, report_write_errors
+from harness.utils import fail, number, report_write_errors, say
 from harness.video import Video
 from harness.workers import FINISH, STOP, CoreTurn
 from model import ActorCritic
@@ -148,6 +151,7 @@ def evaluate(
         outcome = play_episode(
             env, model, rng, video, args.max_episode_length, turn=turn, stopped=stopped
         )
+        turn.end()
         if outcome is None:
             break
         reward, length = outcome
@@ -160,8 +164,8 @@ def evaluate(
         log.append(row)
         shared.statistics[:] = torch.tensor(env.statistics, dtype=torch.float64)
         best.offer(log.mean_reward(), args.env_name, model, env.statistics, num_steps)
-        figures, last_sums = shared.mean_figures(since=last_sums)
         if scalars:
+            figures, last_sums = shared.mean_figures(since=last_sums)
             figures |= {"reward": reward, "length": length, "steps_per_second": fps_now}
             scalars.add(num_steps, **figures)
         if log.has_reached(args.target_reward):
@@ -184,8 +188,9 @@ def draw(log: EpisodeLog, run_folder: Path) -> None:
 
 
 def play(args: argparse.Namespace) -> None:
-    """Play a saved agent's episodes; a line for each, and a summary. Raises `ValueError` or
-    `OSError`.
+    """Play a saved agent's episodes; a line for each, and a summary.
+
+    Raises `ValueError` or `OSError`.
     """
     torch.set_num_threads(1)  # more would mostly wait for each other on a busy machine
     env, model = load_agent(args.agent, args.render or "rgb_array")
@@ -215,9 +220,7 @@ def play(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (or `argv`); exit with status 2 and one line if something is wrong
-    with it.
-    """
+    """Parse the command line (or `argv`); bad input is one line and exit status 2."""
     parser = argparse.ArgumentParser("test.py", description="Play a saved agent, or draw runs.")
     parser.error = fail
     path = utils.nonempty_path
@@ -260,9 +263,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Play a saved agent, draw learning curves, or list the games; bad input is one line and status
-    2.
-    """
+    """Play a saved agent, draw learning curves, or list the games."""
     args = parse_args(argv)
     try:
         if args.games:
@@ -281,7 +282,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -93,8 +93,9 @@ def hand_over_gradients(model: ActorCritic, shared_model: ActorCritic) -> None:
 
 
 def train(rank: int, args: Namespace, shared: SharedState, run_folder: Path, restarts: int) -> None:
-    """Be training worker `rank` until the run ends. `shared` (harness/checkpoint.py) is what the
-    paper calls global and shared: weights and step counter; and Adam's moments.
+    """Be training worker `rank` until the run ends.
+
+    `shared` is what the paper calls global and shared (harness/checkpoint.py).
     """
     torch.set_num_threads(1)
     rng = random.Random(f"{args.seed}, {rank}, {restarts}")  # no two workers draw the same

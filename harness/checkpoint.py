@@ -93,11 +93,9 @@ class SharedState:
         self.figures[rank] += torch.tensor([*numbers, 1.0], dtype=torch.float64)
 
     def mean_figures(self, since: Tensor) -> tuple[dict[str, float], Tensor]:
-        """Return the means of PER_STEP and PER_UPDATE over all updates since `since`, and the sums
-        so far.
+        """Return the means of PER_STEP and PER_UPDATE since `since`, and the sums so far.
 
-        `since` is the sums as this returned them before; losses and entropy (in nats) are those of
-        one step.
+        `since` are the sums as this returned them before. Losses and entropy (nats) are per step.
         """
         so_far = self.figures.sum(dim=0)
         sums = dict(zip(FIGURES, (so_far - since).tolist(), strict=True))
@@ -202,9 +200,7 @@ class BestAgent:
         statistics: tuple[float, float, int],
         num_steps: int,
     ) -> None:
-        """Write the agent if its `score`, test episodes and their mean reward, beats that of the
-        file.
-        """
+        """Write the agent if its score, test episodes and their mean, beats that of the file."""
         if score <= self._score:
             return
         contents = {
@@ -293,11 +289,17 @@ def read(path: Path) -> dict[str, Any]:
     return contents
 
 
-def read_checkpoint(run_folder: Path) -> dict[str, Any]:
-    """Return the contents of a run folder's checkpoint; raise `ValueError` or `OSError`."""
+def checkpoint_of(run_folder: Path) -> Path:
+    """Return the path of a run folder's checkpoint; raise `ValueError` if there is none."""
     path = run_folder / "checkpoint.pt"
     if not os.path.lexists(path):
         raise ValueError(f"{run_folder} is no run's folder: there is no {path}")
+    return path
+
+
+def read_checkpoint(run_folder: Path) -> dict[str, Any]:
+    """Return the contents of a run folder's checkpoint; raise `ValueError` or `OSError`."""
+    path = checkpoint_of(run_folder)
     contents = read(path)
     if not isinstance(contents.get("options"), dict):
         raise ValueError(f"{path} is not a checkpoint")

@@ -13,7 +13,7 @@ import numpy as np
 from harness.utils import read_text, report_write_errors, write
 
 WINDOW = 100  # test episodes that the mean reward is taken over
-RECENT = 20  # the mean over WINDOW lags behind by an hour when sixteen workers train on two cores
+RECENT = 20  # the mean over WINDOW lags by half an hour when sixteen workers train on two cores
 MOST_POINTS = 2000  # of a curve: a run of weeks is drawn as fast as one of an hour
 # The options that a run's curve depends on. Runs that have them in common are seeds of one setting.
 LEARNS_BY = (
@@ -36,8 +36,8 @@ LEARNS_BY = (
 class Episode(NamedTuple):
     """A row of episodes.csv.
 
-    `time_s` and `num_steps` are the run's at the episode's end, all sessions together; `fps` is the
-    one by the other, so start-up is in it. `reward` is not clipped.
+    `time_s` and `num_steps` are the run's at the episode's end, all sessions together; `fps` is
+    num_steps / time_s, start-up included. `reward` is not clipped.
     """
 
     episode: int
@@ -82,9 +82,12 @@ class EpisodeLog:
         self.episodes: list[Episode] = []
         text = read_text(self._path) if self._path.exists() else ""
         lines = text.splitlines()
+        # Even if it looks whole: its last number may be cut short.
         torn = [lines.pop()] if lines and not text.endswith("\n") else []
+        if lines[:1] == [HEADER]:
+            del lines[0]
         others = []
-        for line in lines[1:] if lines[:1] == [HEADER] else lines:
+        for line in lines:
             try:
                 episode = parse_episode(line)
                 belongs = episode.episode >= self.next_episode and episode.num_steps <= num_steps
@@ -94,7 +97,7 @@ class EpisodeLog:
                 self.episodes.append(episode)
             else:
                 others.append(line)
-        others += torn  # even if it looks whole: its last number may be cut short
+        others += torn
         with report_write_errors(backup):
             if others:
                 earlier = read_text(backup) if backup.exists() else ""
@@ -123,9 +126,7 @@ class EpisodeLog:
             self._unwritten.clear()
 
     def mean_reward(self) -> tuple[int, float]:
-        """Return the number of last test episodes, at most WINDOW, and their mean reward (NaN for
-        none).
-        """
+        """Return the number of last test episodes, WINDOW at most, and their mean reward or NaN."""
         last = [episode.reward for episode in self.episodes[-WINDOW:]]
         return len(last), sum(last) / len(last) if last else np.nan
 
@@ -178,8 +179,7 @@ def as_table(episodes: list[Episode]) -> np.ndarray:
 
 
 def read_setting(run: Path) -> str:
-    """Return, as text to compare, the options that the run learns by, its path if they are not
-    known.
+    """Return the options that a run learns by, as text to compare; its path if they are not known.
 
     Raises `OSError` or `ValueError`.
     """
@@ -195,6 +195,7 @@ def read_setting(run: Path) -> str:
     names = list(LEARNS_BY)
     if "linear" in (options.get("lr_schedule"), options.get("entropy_schedule")):
         names.append("max_steps")  # where it ends at zero
+    options = {"entropy_schedule": "constant", **options}  # older runs do not name it
     return json.dumps({name: options.get(name) for name in names})
 
 

@@ -13,15 +13,16 @@ LARGEST_INT = 2**63 - 1  # of 64 bits
 
 
 def say(message: str, file: TextIO | None = None) -> None:
-    """Print at once, "?" for letters that the terminal lacks; it may even have gone away."""
+    """Print at once, with "?" for letters that the terminal lacks."""
     file = file or sys.stdout
     if file is None:  # closed before Python started
         return
     encoding = getattr(file, "encoding", None) or "utf-8"
     try:
         print(message.encode(encoding, "replace").decode(encoding), file=file, flush=True)
-    except (OSError, ValueError):
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the rest of this process's life
+    except (OSError, ValueError):  # that terminal or pipe has gone, which is no reason to die
+        name = "stderr" if file is sys.stderr else "stdout"
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for good
 
 
 def complain(message: object) -> None:
@@ -42,7 +43,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def report_write_errors(path: Path) -> Iterator[None]:
-    """Let the block, which writes to `path`, fail, as on a full disk: say so and go on after it."""
+    """Report an error in the block, which writes to `path` (a full disk, say), and go on."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError, ValueError) as error:

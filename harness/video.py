@@ -16,8 +16,7 @@ WHITE, GREY, GREEN, BLUE = (235, 235, 235), (120, 120, 120), (110, 220, 110), (1
 
 
 class Video:
-    """A context manager that streams the game to ffmpeg, at twice its size; with path None, it does
-    nothing.
+    """A context manager that streams the game to ffmpeg, at twice its size; no path, no video.
 
     Memory stays constant however long the episode. H.264 with yuv420p plays everywhere; a name that
     ends in .gif makes a GIF. If this process dies, ffmpeg sees the end of its input and closes the
@@ -66,9 +65,7 @@ class Video:
     def add_frame(
         self, observation: np.ndarray, score: float, value: float, policy: list[float]
     ) -> None:
-        """Append the screen, its pixels kept sharp; value and policy are the agent's, of the
-        `observation`.
-        """
+        """Append the screen, its pixels kept sharp; value and policy are of the `observation`."""
         if not self.is_on:
             return
         frame = cv2.resize(self._env.render(), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
@@ -86,7 +83,7 @@ class Video:
     def __exit__(self, *_: object) -> None:
         if self.is_on:
             self._writer.close()
-            with report_write_errors(self._path):  # ffmpeg keeps it to itself if it cannot write
+            with report_write_errors(self._path):  # which ffmpeg keeps to itself, so read it back
                 count_frames_and_secs(self._url)
 
 
@@ -97,10 +94,10 @@ def draw_panel(
     values: deque[float],
     policy: dict[str, float],
 ) -> np.ndarray:
-    """Return a panel, `shape` uint8: score, what the network sees, its value of the last steps, its
-    policy as bars.
+    """Return a panel, `shape` uint8: score, what the network sees, its value and its policy.
 
-    The entropy of the policy is in nats, beside the highest that it could have.
+    The value is a curve over the last steps. The policy is bars, and its entropy in nats beside the
+    highest that it could have.
     """
     panel = np.full(shape, 24, np.uint8)
     height, width = shape[:2]
@@ -131,13 +128,17 @@ def draw_panel(
     entropy = sum(-p * math.log(p) for p in policy.values() if p > 0)
     text(f"policy, entropy {entropy:.2f} of {math.log(len(policy)):.2f}", 12, 287, BLUE)
     columns = 1 if len(policy) <= 6 else 2  # up to 18 actions
-    rows, cell, names = -(-len(policy) // columns), (width - 12) // columns, (118, 88)[columns - 1]
+    rows, cell, name_width = (
+        -(-len(policy) // columns),
+        (width - 12) // columns,
+        (118, 88)[columns - 1],
+    )
     row = min(22, (height - 294) // rows)
     for n, (name, probability) in enumerate(policy.items()):
         x, y = 12 + n // rows * cell, 294 + n % rows * row
         text(name, x, y + 10, size=0.42 if columns == 1 else 0.31)
-        bar = int(probability * (cell - names - 48))
-        cv2.rectangle(panel, (x + names, y + 1), (x + names + bar, y + row - 4), BLUE, -1)
+        bar = int(probability * (cell - name_width - 48))
+        cv2.rectangle(panel, (x + name_width, y + 1), (x + name_width + bar, y + row - 4), BLUE, -1)
         text(
             f"{100 * probability:.0f}%",
             x + cell - 42,

@@ -44,7 +44,7 @@ GO_ON, FINISH, STOP = range(3)
 GRACE = 3.0
 MAX_DEATHS, DEATHS_WITHIN = 3, 600.0  # of one worker, within so many seconds; one more ends the run
 START_AGAIN_AFTER = 5.0  # seconds, where a process could not be started
-LOCK_FILE = ".locks"  # in the run folder: byte 0 is the whole run's, two more are each core's
+LOCK_FILE = ".locks"  # in the run folder: byte 0 is the whole run's, two more are each slot's
 
 
 # Signals.
@@ -72,7 +72,8 @@ def signals_held() -> Iterator[None]:
     """
     resource_tracker.ensure_running()  # first, as its start unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    # Only this thread blocks them: those that libraries have started may be given them instead.
+    # Only this thread blocks the signals. The kernel may deliver them to threads that libraries
+    # have started, so a handler keeps those.
     keep = lambda number, _: _taken_by_other_threads.append(number)  # noqa: E731
     handlers = {number: signal.signal(number, keep) for number in SIGNALS}
     try:
@@ -110,8 +111,9 @@ def _open_lock_file(run_folder: Path) -> int:
 
 @contextlib.contextmanager
 def run_folder_locked(run_folder: Path) -> Iterator[None]:
-    """Claim the folder; raise `ValueError` if another process has it, `OSError` if it cannot be
-    written.
+    """Claim the folder.
+
+    Raises `ValueError` if another process has it, `OSError` if it cannot be written.
     """
     file = _open_lock_file(run_folder)
     try:
@@ -130,29 +132,31 @@ def run_folder_locked(run_folder: Path) -> Iterator[None]:
 
 
 def num_cores() -> int:
-    """Return the number of cores that this process may run on."""
+    """Return the number of cores that this process may run on.
+
+    A container's share of the processor time (docker --cpus) does not count, its cpuset does.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class CoreTurn:
-    """A context manager that lets one rollout per core run at a time; worker `rank` queues at core
-    `rank % cores`.
+    """A context manager that lets as many rollouts run at a time as there are cores.
 
-    The fewer rollouts are under way, the fresher the weights that each was acted with, and the
-    fewer weights and gradients compete for the caches. A worker enters `times` times before its
-    turn is over, as each change of process finds cold caches. tests/README.md says what both are
-    worth.
+    Worker `rank` queues for slot `rank % cores`; no process is bound to a core. The fewer rollouts
+    are under way, the fresher the weights that each was acted with, and the fewer weights and
+    gradients compete for the caches. A worker enters `times` times before its turn is over, as each
+    change of process finds cold caches. tests/README.md says what both are worth.
 
-    Whoever is next in line holds the core's first lock while it waits for the second, so that a
+    Whoever is next in line holds the slot's first lock while it waits for the second, so that a
     worker that comes straight back cannot overtake it. Where the file system has no locks,
     everybody runs at any time.
     """
 
     def __init__(self, run_folder: Path, rank: int, times: int = 2) -> None:
         self._queue_byte = 1 + 2 * (rank % num_cores())
-        self._core_byte = self._queue_byte + 1
+        self._slot_byte = self._queue_byte + 1
         self._lock_file = _open_lock_file(run_folder)
         self._times, self._entered = times, 0
 
@@ -160,15 +164,21 @@ class CoreTurn:
         if self._entered == 0:
             with contextlib.suppress(OSError):
                 _lock(self._lock_file, self._queue_byte)
-                _lock(self._lock_file, self._core_byte)
+                _lock(self._lock_file, self._slot_byte)
                 _unlock(self._lock_file, self._queue_byte)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._entered = (self._entered + 1) % self._times
-        if self._entered == 0:
+        self._entered += 1
+        if self._entered == self._times:
+            self.end()
+
+    def end(self) -> None:
+        """End the turn early, before work that needs no core of its own."""
+        if self._entered:
+            self._entered = 0
             with contextlib.suppress(OSError):
-                _unlock(self._lock_file, self._core_byte)
+                _unlock(self._lock_file, self._slot_byte)
 
 
 # Starting, watching, starting again.
@@ -248,6 +258,7 @@ class Supervisor:
         self._context, self._run_folder = context, run_folder
         self._ready, self._stop, self._restarts = ready, stop, restarts
         self._workers = [_Worker(job) for job in jobs]
+        self._num_jobs = len(jobs)
         self._stopped_at = None
 
     def __enter__(self) -> Self:
@@ -263,16 +274,12 @@ class Supervisor:
         return [worker for worker in self._workers if worker.process]
 
     def watch(self) -> Iterator[None]:
-        """Yield ten times a second until all jobs are done; raise `DiedTooOftenError` if a worker
-        does.
-        """
+        """Yield ten times a second until all jobs are done; raise `DiedTooOftenError`."""
         while self._workers:
             self._start_what_is_due()
             sentinels = {worker.process.sentinel: worker for worker in self._running()}
             for sentinel in wait(list(sentinels), timeout=0.1):
                 self._take_leave_of(sentinels[sentinel])
-            if not sentinels:
-                time.sleep(0.1)
             if self._stop >= FINISH:
                 # Jobs that never started are dropped. What has died starts once more, so that the
                 # test worker still ends an episode.
@@ -283,7 +290,8 @@ class Supervisor:
 
     def all_ready(self) -> bool:
         """Return whether every job's process runs and has started up."""
-        return all(worker.process and self._ready[worker.job.rank] for worker in self._workers)
+        up = [w for w in self._workers if w.process and self._ready[w.job.rank]]
+        return len(up) == self._num_jobs
 
     def _start_what_is_due(self) -> None:
         for worker in self._workers:
@@ -306,7 +314,7 @@ class Supervisor:
             process.start()
         except (OSError, RuntimeError) as error:  # too many processes or open files, no memory
             what = f"could not be started: {reason(error)}"
-            if is_first_start:  # it is no better in five seconds
+            if is_first_start:  # too many workers for this machine: waiting would not help
                 raise DiedTooOftenError(f"{job.name} {what}") from None
             worker.not_before = time.monotonic() + START_AGAIN_AFTER
             self._count_death(worker, what)
