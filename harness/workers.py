@@ -302,7 +302,7 @@ class Supervisor:
                 self._start(worker)
 
     def _start(self, worker: _Worker) -> None:
-        job, restarts = worker.job, int(self._restarts)
+        job, restarts = worker.job, int(self._restarts[0])
         file = f"traceback-{job.name.replace(' ', '-')}-{restarts}.txt"
         is_first_start = worker.traceback_file is None
         worker.traceback_file = self._run_folder / file

@@ -152,10 +152,10 @@ def test_a_checkpoint_that_cannot_be_written_costs_a_line(saved, capsys):
 def test_the_figures_of_learning_are_means_since_they_were_asked_for():
     shared = SharedState(options(num_processes=2), 1, 6)
     assert shared.mean_figures(shared.figures.sum(dim=0))[0] == {}
-    shared.count_update(0, 20, torch.tensor(8.0), torch.tensor(2.0), torch.tensor(30.0), 1.5, 0.1)
+    shared.add_figures(0, 20, torch.tensor(8.0), torch.tensor(2.0), torch.tensor(30.0), 1.5, 0.1)
     before = shared.mean_figures(torch.zeros(7, dtype=torch.float64))[1]
-    shared.count_update(0, 20, torch.tensor(4.0), torch.tensor(3.0), torch.tensor(10.0), 2.0, 0.3)
-    shared.count_update(1, 5, torch.tensor(1.0), torch.tensor(2.0), torch.tensor(5.0), 4.0, 0.1)
+    shared.add_figures(0, 20, torch.tensor(4.0), torch.tensor(3.0), torch.tensor(10.0), 2.0, 0.3)
+    shared.add_figures(1, 5, torch.tensor(1.0), torch.tensor(2.0), torch.tensor(5.0), 4.0, 0.1)
     figures, _ = shared.mean_figures(before)
     expected = {
         "policy_loss": 5 / 25,

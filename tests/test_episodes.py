@@ -273,6 +273,7 @@ LINEAR = {"lr_schedule": "linear", "max_steps": 1_000_000}
                 "gamma": 0.9,
                 "gae_lambda": 0.0,
                 "entropy_coef": 0.0,
+                "entropy_schedule": "linear",
                 "value_loss_coef": 1.0,
                 "max_grad_norm": 40.0,
                 "num_steps": 5,
@@ -285,6 +286,15 @@ def test_runs_that_learn_alike_are_seeds_of_one_setting(one, other, same, tmp_pa
     runs = [write_run(tmp_path / str(n), episodes=1, **c) for n, c in enumerate((one, other))]
     assert (read_setting(runs[0]) == read_setting(runs[1])) is same
     assert read_setting(runs[0] / "episodes.csv") == read_setting(runs[0])
+
+
+def test_a_run_of_a_version_without_a_schedule_of_the_entropy_had_a_constant_one(tmp_path):
+    runs = [write_run(tmp_path / str(n), episodes=1) for n in range(2)]
+    path = runs[0] / "options.json"
+    options = json.loads(path.read_text())
+    del options["entropy_schedule"]
+    path.write_text(json.dumps(options))
+    assert read_setting(runs[0]) == read_setting(runs[1])
 
 
 def test_runs_without_known_options_are_settings_of_their_own(tmp_path):

@@ -118,7 +118,7 @@ def test_a_process_whose_terminal_has_gone_away_goes_on():
         "complain('three'); print('four', flush=True); os._exit(7)"
     )
     result = python(code)
-    assert (result.returncode, result.stdout, result.stderr) == (7, b"", b"")
+    assert (result.returncode, result.stdout, result.stderr) == (7, b"", b"three\n")
 
 
 def test_a_process_without_a_terminal_goes_on(monkeypatch):

@@ -12,6 +12,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from harness import workers
@@ -231,6 +232,17 @@ def test_a_turn_lasts_two_rollouts_and_then_is_somebody_elses(tmp_path):
     assert all(a != b for a, b in itertools.pairwise(turns[1 : last_with_company + 1]))
 
 
+def test_a_turn_that_is_ended_early_is_somebody_elses(start, tmp_path):
+    turn = CoreTurn(tmp_path, 0, times=40)
+    with turn:
+        pass
+    _, next_has_it, _ = start(workers.num_cores(), waits=True)
+    assert not next_has_it.is_set()
+    turn.end()
+    assert next_has_it.wait(20)
+    turn.end()  # there is none to end, and nobody's is
+
+
 # Supervision.
 
 
@@ -238,11 +250,10 @@ class Supervised:
     """Jobs of one target in a folder, and what became of them."""
 
     def __init__(self, folder, target, num_jobs=1, context=spawn):
-        import torch  # not above, as the processes import this file
-
         resource_tracker.ensure_running()
-        self.ready = torch.zeros(num_jobs, dtype=torch.int64)
-        self.stop, self.restarts = (torch.zeros(1, dtype=torch.int64) for _ in range(2))
+        # Here only the supervisor reads them; in a run they are tensors in shared memory.
+        self.ready = np.zeros(num_jobs, np.int64)
+        self.stop, self.restarts = np.zeros(1, np.int64), np.zeros(1, np.int64)
         jobs = [workers.Job(f"worker {n}", n, target, (folder, n)) for n in range(num_jobs)]
         shared = self.ready, self.stop, self.restarts
         self.supervisor = workers.Supervisor(context, jobs, *shared, folder)
@@ -306,8 +317,9 @@ def leave_a_mark(folder, rank, restarts):
 def test_workers_not_yet_started_are_not_when_the_end_has_come(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "num_cores", lambda: 1)
     run = Supervised(tmp_path, leave_a_mark, num_jobs=3)
-    run.watch(look=lambda: run.stop.clamp_(min=workers.FINISH))
+    run.watch(look=lambda: run.stop.fill(workers.FINISH))
     assert [path.name for path in tmp_path.glob("worker-*")] == ["worker-0"]
+    assert not run.supervisor.all_ready()  # all have ended
 
 
 def sleep(folder, rank, restarts):
