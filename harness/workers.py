@@ -60,7 +60,7 @@ def end_at_once_on_signals() -> None:
         signal.signal(number, end)
 
 
-_taken_by_other_threads: list[int] = []
+_signals_taken: list[int] = []
 
 
 @contextlib.contextmanager
@@ -72,9 +72,9 @@ def signals_held() -> Iterator[None]:
     """
     resource_tracker.ensure_running()  # first, as its start unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    # Only this thread blocks the signals. The kernel may deliver them to threads that libraries
-    # have started, so a handler keeps those.
-    keep = lambda number, _: _taken_by_other_threads.append(number)  # noqa: E731
+    # The handler's, and not `signal.sigwait`: only this thread blocks the signals, and one that
+    # libraries have started may take them before a wait for them does, which then never ends.
+    keep = lambda number, _: _signals_taken.append(number)  # noqa: E731
     handlers = {number: signal.signal(number, keep) for number in SIGNALS}
     try:
         yield
@@ -88,10 +88,9 @@ def signals_held() -> Iterator[None]:
 
 def next_signal() -> int | None:
     """Return the number of a signal that has come since the last call, or None."""
-    if _taken_by_other_threads:
-        return _taken_by_other_threads.pop(0)
-    waiting = [number for number in SIGNALS if number in signal.sigpending()]
-    return signal.sigwait(waiting[:1]) if waiting else None
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the handler takes those that wait
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    return _signals_taken.pop(0) if _signals_taken else None
 
 
 # Locks: the kernel frees them when their holder dies, however it dies.
@@ -164,8 +163,10 @@ class CoreTurn:
         if self._entered == 0:
             with contextlib.suppress(OSError):
                 _lock(self._lock_file, self._queue_byte)
-                _lock(self._lock_file, self._slot_byte)
-                _unlock(self._lock_file, self._queue_byte)
+                try:
+                    _lock(self._lock_file, self._slot_byte)
+                finally:
+                    _unlock(self._lock_file, self._queue_byte)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 def python(source):
     """Run a program of few imports, and return what it did."""
     command = [sys.executable, "-c", source]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 # Signals.
@@ -55,6 +55,22 @@ try:
     time.sleep(1)
 except KeyboardInterrupt:
     os._exit(7)
+""")
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_nobody_waits_for_a_signal_that_another_thread_is_about_to_take():
+    done = python("""
+import os, signal, threading, time
+from harness.workers import next_signal, signals_held
+
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+with signals_held():
+    for _ in range(3000):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not next_signal():
+            pass
+os._exit(7)
 """)
     assert (done.returncode, done.stderr) == (7, "")
 
