@@ -107,7 +107,6 @@ def train(rank: int, args: Namespace, shared: SharedState, run_folder: Path, res
     observation, _ = env.reset(seed=rng.randrange(2**31))
     state, episode_length = model.initial_state(), 0
     shared.ready[rank] = True
-
     while shared.stop == GO_ON and not shared.has_made(args.max_steps):
         with turn:
             # 1. Copy the shared weights.
@@ -130,7 +129,7 @@ def train(rank: int, args: Namespace, shared: SharedState, run_folder: Path, res
             values, logits = rollout.values_and_logits()
             bootstrap = 0.0 if terminated else values[-1].item()
 
-            # 4. Compute the local gradients.
+            # Compute the local gradients.
             lr, beta = learning_rate_and_beta(args, shared)
             policy_loss, value_loss, entropy = a3c_losses(
                 values[:-1], logits[:-1], rollout.actions, rollout.rewards, bootstrap, args
@@ -140,7 +139,7 @@ def train(rank: int, args: Namespace, shared: SharedState, run_folder: Path, res
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
 
-            # 5. Update the shared weights, without a lock.
+            # 4. Hand them over, and update the shared weights without a lock.
             optimizer.param_groups[0]["lr"] = lr
             if loss.isfinite() and norm.isfinite():
                 hand_over_gradients(model, shared.model)

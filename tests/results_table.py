@@ -1,9 +1,9 @@
-"""The README's tables of results, made from the runs' own: python tests/results_table.py
-results/Pong-v0
+"""The tables of results, made from the runs' own: python tests/results_table.py results/Pong-v0
 
 A row for each run, and mean and standard deviation of runs that differ in nothing but the seed: how
-far it came, and when the mean of the last 20 test games first reached each of `--levels`. Then the
-mean score and the mean length of the test games that ended in each stretch of training steps.
+far it came, and when the mean of the last 20 test episodes first reached each of `--levels`. Then
+the mean reward and the mean length of the test episodes that ended in each stretch of training
+steps.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def row(*cells):
 
 
 def first_at(episodes, level):
-    """Training steps in millions and minutes when the mean of the last RECENT games first was
+    """Training steps in millions and minutes when the mean of the last RECENT episodes first was
     `level`; NaN if never.
     """
     reached = moving_mean(episodes["reward"], RECENT) >= level
@@ -48,7 +48,7 @@ def print_tables(runs, levels):
     settings = {read_setting(run) for run in runs}
     tables = [read_episodes(run) for run in runs]
     figures = np.array([summary(episodes, levels) for episodes in tables])
-    columns = ["run", "M steps", "minutes", "test games", f"last {RECENT}", f"last {WINDOW}"]
+    columns = ["run", "M steps", "minutes", "test episodes", f"last {RECENT}", f"last {WINDOW}"]
     for level in levels:
         columns += [f"{level:g} after M steps", "minutes"]
     digits = [2, 0, 0, 1, 1] + [2, 0] * len(levels)

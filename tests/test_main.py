@@ -230,7 +230,6 @@ def test_a_run_trains_and_ends_cleanly(extra, tmp_path):
     options = (folder / "options.json").read_text()
     assert json.loads(options)["num_processes"] == 2
     assert options.endswith("}\n")
-    assert result.stdout.count("All 3 are up after ") == 1
 
 
 def test_a_missing_tensorboard_says_how_to_get_it(monkeypatch, capsys):
