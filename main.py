@@ -1,5 +1,4 @@
-"""A3C on Atari: training workers and one test worker around a shared actor-critic and a shared
-Adam.
+"""A3C on Atari: training workers and a test worker around a shared network and a shared Adam.
 
 python main.py --env-name Pong-v0 --num-processes 16
 """

@@ -21,9 +21,11 @@ from harness.utils import complain, reason, report_write_errors
 # Read by the C libraries when a process starts, so it must be in the environment that the children
 # inherit.
 ENVIRONMENT = {
-    # More threads would only fight for the cores, which the processes fill. The second is for
-    # Apple's BLAS.
+    # More threads would only fight for the cores, which the processes fill. PyTorch reads the first
+    # two, NumPy the third or, on macOS, the last.
     "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
     "VECLIB_MAXIMUM_THREADS": "1",
     # glibc gives a freed tensor's pages back to the kernel, and faults them in again for the next
     # one: 2,000 faults a rollout. Other C libraries ignore these names.
