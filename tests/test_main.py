@@ -203,12 +203,10 @@ def run_main(*argv, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("extra", [[], ["--no-shared"]])
-def test_a_run_trains_and_ends_cleanly(extra, tmp_path):
+def test_a_run_trains_and_ends_cleanly_also_with_an_adam_for_each_worker(tmp_path):
     argv = ["--env-name", "PongDeterministic-v4", "--num-processes", "2", "--max-steps", "200"]
-    result = run_main(
-        *argv, "--max-episode-length", "60", "--record-every", "2", *extra, cwd=tmp_path
-    )
+    argv += ["--max-episode-length", "60", "--record-every", "2", "--no-shared"]
+    result = run_main(*argv, cwd=tmp_path)
     assert result.stderr == ""
     assert result.returncode == 0
     folder = tmp_path / "runs" / "PongDeterministic-v4-1"
