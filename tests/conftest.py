@@ -95,7 +95,7 @@ class Run:
         return result
 
     def children(self):
-        """Return the process ids of training and test processes, and of other children such as
+        """Return the process ids of training and test workers, and of other children such as
         ffmpeg, in two lists.
         """
         table = subprocess.run(
