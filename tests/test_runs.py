@@ -243,7 +243,7 @@ def test_killed_workers_are_started_again_until_one_has_died_four_times(start_ma
     table, contents = rows(run.folder), read(run.folder / "checkpoint.pt")
     assert [int(row["episode"]) for row in table] == list(range(len(table)))
     steps = [int(row["num_steps"]) for row in table]
-    assert steps == sorted(set(steps))
+    assert steps == sorted(steps)  # games may end while no worker trains yet
     assert len(table) == len(run.lines())
     assert contents["steps"] == int(last.split()[3]) >= steps[-1]
     assert contents["restarts"] == 5
@@ -371,7 +371,7 @@ def test_sixteen_workers_of_which_ten_are_killed_at_random(start_main):
     table, contents = rows(run.folder), read(run.folder / "checkpoint.pt")
     assert [int(row["episode"]) for row in table] == list(range(len(table)))
     steps = [int(row["num_steps"]) for row in table]
-    assert steps == sorted(set(steps))
+    assert steps == sorted(steps)
     assert contents["steps"] >= steps[-1] > 500 * (seconds - 60)
     assert contents["restarts"] == 10
 
