@@ -15,6 +15,7 @@ import gym
 import numpy as np
 from ale_py import roms
 from gym import spaces
+from gym.wrappers import RecordEpisodeStatistics, TimeLimit
 
 cv2.setNumThreads(1)  # a 42x42 picture gives a pool of threads nothing to do
 ale_py.ALEInterface.setLoggerMode(
@@ -202,10 +203,17 @@ class NormalizedObservation(gym.ObservationWrapper):
         return (observation - mean / correction) / (std / correction + 1e-8)
 
 
-def create_atari_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+def create_atari_env(
+    env_id: str, render_mode: str | None = None, max_episode_length: int | None = None
+) -> gym.Env:
     """Return the game of an id, with observations (1, 42, 42) float32, normalised.
 
-    Rewards are not clipped. The normaliser is outermost, so `env.statistics` is what it has learnt.
-    Raises `ValueError` for an unknown id or render mode ("rgb_array", "human" or None).
+    Rewards are not clipped. An episode is truncated after `max_episode_length` steps; at its end
+    `info["episode"]` holds its reward "r" and its length "l". The normaliser is outermost, so
+    `env.statistics` is what it has learnt. Raises `ValueError` for an unknown id or render mode
+    ("rgb_array", "human" or None).
     """
-    return NormalizedObservation(ProcessedScreen(AtariEnv(env_id, render_mode)))
+    env = AtariEnv(env_id, render_mode)
+    if max_episode_length is not None:
+        env = TimeLimit(env, max_episode_length)
+    return NormalizedObservation(ProcessedScreen(RecordEpisodeStatistics(env)))

@@ -28,8 +28,9 @@ import torch.multiprocessing as mp
 
 from envs import create_atari_env, find_game
 from harness import utils
-from harness.checkpoint import SharedState, checkpoint_of, describe_versions, read_checkpoint
-from harness.episodes import EpisodeLog
+from harness.checkpoint import checkpoint_of, describe_versions, read_checkpoint
+from harness.episodes import TRAINING, EpisodeLog
+from harness.shared import SharedState
 from harness.utils import complain, fail, number, one_of, reason, say
 from test import evaluate
 from train import train
@@ -46,6 +47,8 @@ def add_run_options(add: Callable[..., Any]) -> None:
     add("--max-episode-length", type=count, default=1_000_000, help="steps that cut an episode")
     add("--seed", type=number(int, 0), default=1, help="of weights, games and sampling")
     add("--save-dir", type=path, help="run folder; None: runs/<env-name>-<k>, the next free k")
+    agent = utils.nonempty_text
+    add("--init", type=agent, metavar="AGENT", help="start from it: run folder or best.pt")
     add("--resume", type=path, metavar="RUN", help="go on with this run, with its options")
     seconds = number(float, 1)
     add("--checkpoint-interval", type=seconds, default=60.0, help="seconds between checkpoints")
@@ -100,6 +103,8 @@ def parse_args(argv: list[str] | None = None, **defaults: Any) -> argparse.Names
         fail(error)
     if args.resume and args.save_dir:
         fail("argument --save-dir: a run that is resumed stays in its folder")
+    if args.resume and args.init and not defaults:
+        fail("argument --init: a run that is resumed goes on with its own weights")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         fail("argument --tensorboard: the package is missing: pip install tensorboard")
     options_are_known = defaults or not args.resume  # at the first of two parses they are not
@@ -171,7 +176,7 @@ def make_run_folder(args: argparse.Namespace) -> Path:
         args.save_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot write the run: {error}") from error
-    files = "options.json", "episodes.csv", "checkpoint.pt", "best.pt", "videos"
+    files = "options.json", "episodes.csv", TRAINING, "checkpoint.pt", "best.pt", "videos"
     if any(os.path.lexists(args.save_dir / name) for name in files):
         raise ValueError(
             f"{args.save_dir} already holds a run: name another folder, or --resume it"
@@ -199,9 +204,12 @@ def prepare(
         if checkpoint:
             run_folder = args.resume
             shared.restore(checkpoint)
-            # Sets later rows aside, before any worker counts on.
+            # Both set later rows aside, before any worker counts on.
+            EpisodeLog(run_folder, shared.total_steps(), TRAINING)
             refuse_if_over(args, shared, EpisodeLog(run_folder, shared.total_steps()))
         else:
+            if args.init is not None:
+                shared.start_from(Path(args.init), args.env_name)
             run_folder = make_run_folder(args)
             until_the_end.enter_context(workers.run_folder_locked(run_folder))
         (run_folder / "videos").mkdir(exist_ok=True)
@@ -218,7 +226,8 @@ def main(argv: list[str] | None = None) -> int:
         until_the_end.enter_context(workers.signals_held())
         args, shared, run_folder = prepare(argv, until_the_end)
         say(
-            f"A3C on {args.env_name}: {args.num_processes} training workers and one test worker.\n"
+            f"A3C on {args.env_name}{f' from {args.init}' if args.init else ''}: "
+            f"{args.num_processes} training workers and one test worker.\n"
             f"All of it lies in {run_folder}: table, curve, videos, checkpoint, best agent. "
             "Ctrl-C stops the run."
         )

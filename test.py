@@ -26,8 +26,9 @@ import torch
 
 from envs import atari_games, create_atari_env
 from harness import utils
-from harness.checkpoint import BestAgent, SharedState, load_agent, valid_statistics
+from harness.checkpoint import BestAgent, load_agent, valid_statistics
 from harness.episodes import (
+    TRAINING,
     Episode,
     EpisodeLog,
     Scalars,
@@ -36,6 +37,7 @@ from harness.episodes import (
     draw_curve,
     read_episodes,
 )
+from harness.shared import SharedState
 from harness.utils import fail, number, report_write_errors, say
 from harness.video import Video
 from harness.workers import FINISH, STOP, CoreTurn
@@ -50,7 +52,6 @@ def play_episode(
     model: ActorCritic,
     rng: random.Random,
     video: Video,
-    max_length: int | None = None,
     greedy: bool = False,
     turn: AbstractContextManager = nullcontext(),  # noqa: B008 - it has no state
     stopped: Callable[[], bool] = lambda: False,
@@ -61,7 +62,7 @@ def play_episode(
     """
     observation, _ = env.reset(seed=rng.randrange(2**31))
     state, actions = model.initial_state(), range(env.action_space.n)
-    total_reward, length, done = 0.0, 0, False
+    total_reward, done = 0.0, False
     with video:
         while not done:
             if stopped():
@@ -74,15 +75,14 @@ def play_episode(
                     action = max(actions, key=policy.__getitem__)
                 else:
                     action = rng.choices(actions, policy)[0]
-                observation, reward, terminated, truncated, _ = env.step(action)
+                observation, reward, terminated, truncated, info = env.step(action)
             total_reward += reward
-            length += 1
-            done = terminated or truncated or length == max_length
+            done = terminated or truncated
         if video.is_on:  # the picture that the last action led to
             value, logits, _ = model(torch.from_numpy(observation).unsqueeze(0), state)
             policy = logits.softmax(dim=1)[0].tolist()
             video.add_frame(observation, total_reward, value.item(), policy)
-    return total_reward, length
+    return total_reward, int(info["episode"]["l"])
 
 
 def clock(seconds: float) -> str:
@@ -119,6 +119,15 @@ def progress(
     return f", {min(done, 1.0):.0%}, {clock(left)} left"
 
 
+def training_row(
+    row: Episode, log: EpisodeLog, num_trained: int, figures: dict[str, float]
+) -> Episode:
+    """Return training.csv's row beside that of a test episode."""
+    reward, length = figures["training_reward"], figures["training_length"]
+    last = log.next_episode + num_trained - 1
+    return row._replace(episode=last, reward=round(reward, 2), length=round(length))
+
+
 def evaluate(
     args: argparse.Namespace, shared: SharedState, started: float, run_folder: Path, restarts: int
 ) -> None:
@@ -129,12 +138,13 @@ def evaluate(
     """
     torch.set_num_threads(1)
     rng = random.Random(f"{args.seed}, {args.num_processes}, {restarts}")
-    env = create_atari_env(args.env_name, render_mode="rgb_array")
+    env = create_atari_env(args.env_name, "rgb_array", args.max_episode_length)
     env.statistics = valid_statistics(shared.statistics)
     model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
     # It enters for each step; a turn is to last as long as a training worker's, two rollouts.
     turn = CoreTurn(run_folder, args.num_processes, times=2 * args.num_steps)
     log = EpisodeLog(run_folder, shared.total_steps())
+    training_log = EpisodeLog(run_folder, shared.total_steps(), TRAINING)
     best = BestAgent(run_folder)
     scalars = Scalars(run_folder / "tensorboard") if args.tensorboard else None
     shared.ready[args.num_processes] = True
@@ -148,9 +158,7 @@ def evaluate(
         path = run_folder / "videos" / f"rl-video-episode-{episode}.mp4" if record else None
         video = Video(path, env, args.annotate)
         stopped = lambda: shared.stop >= STOP  # noqa: E731
-        outcome = play_episode(
-            env, model, rng, video, args.max_episode_length, turn=turn, stopped=stopped
-        )
+        outcome = play_episode(env, model, rng, video, turn=turn, stopped=stopped)
         turn.end()
         if outcome is None:
             break
@@ -164,8 +172,10 @@ def evaluate(
         log.append(row)
         shared.statistics[:] = torch.tensor(env.statistics, dtype=torch.float64)
         best.offer(log.mean_reward(), args.env_name, model, env.statistics, num_steps)
+        figures, num_trained, last_sums = shared.mean_figures(since=last_sums)
+        if num_trained:
+            training_log.append(training_row(row, training_log, num_trained, figures))
         if scalars:
-            figures, last_sums = shared.mean_figures(since=last_sums)
             figures |= {"reward": reward, "length": length, "steps_per_second": fps_now}
             scalars.add(num_steps, **figures)
         if log.has_reached(args.target_reward):

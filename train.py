@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from envs import create_atari_env
-from harness.checkpoint import SharedState
+from harness.checkpoint import valid_statistics
+from harness.shared import SharedState
 from harness.workers import GO_ON, CoreTurn
 from model import ActorCritic
 from rollout import Rollout
+
+WARM_UP = 2000  # updates, 2 / (1 - beta_2) of Adam (Ma and Yarats 2021, section 5)
 
 
 def returns_and_advantages(
@@ -68,9 +71,16 @@ def a3c_losses(
 
 
 def learning_rate_and_beta(args: Namespace, shared: SharedState) -> tuple[float, float]:
-    """Return the present learning rate and weight of the entropy; "linear" ends at zero."""
+    """Return the present learning rate and weight of the entropy; "linear" ends at zero.
+
+    An agent that a run starts from is not to jump while Adam's moments are those of a few updates:
+    the rate rises over the first WARM_UP.
+    """
     left = shared.fraction_left(args.max_steps)
     lr = args.lr * (left if args.lr_schedule == "linear" else 1.0)
+    if args.init is not None:
+        updates = shared.total_steps() / args.num_steps / len(shared.optimizers)
+        lr *= min(1.0, updates / WARM_UP)
     beta = args.entropy_coef * (left if args.entropy_schedule == "linear" else 1.0)
     return lr, beta
 
@@ -95,17 +105,18 @@ def hand_over_gradients(model: ActorCritic, shared_model: ActorCritic) -> None:
 def train(rank: int, args: Namespace, shared: SharedState, run_folder: Path, restarts: int) -> None:
     """Be training worker `rank` until the run ends.
 
-    `shared` is what the paper calls global and shared (harness/checkpoint.py).
+    `shared` is what the paper calls global and shared (harness/shared.py).
     """
     torch.set_num_threads(1)
     rng = random.Random(f"{args.seed}, {rank}, {restarts}")  # no two workers draw the same
-    env = create_atari_env(args.env_name)
+    env = create_atari_env(args.env_name, max_episode_length=args.max_episode_length)
+    env.statistics = valid_statistics(shared.statistics)
     model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
     optimizer = shared.optimizer(rank)
     rollout = Rollout(model, args.num_steps)  # the network, acting step by step, learning in bulk
     turn = CoreTurn(run_folder, rank)  # waits until a core is this worker's, for two rollouts
     observation, _ = env.reset(seed=rng.randrange(2**31))
-    state, episode_length = model.initial_state(), 0
+    state = model.initial_state()
     shared.ready[rank] = True
     while shared.stop == GO_ON and not shared.has_made(args.max_steps):
         with turn:
@@ -115,10 +126,8 @@ def train(rank: int, args: Namespace, shared: SharedState, run_folder: Path, res
             # 2. Act for one rollout, at most to the episode's end.
             rollout.start(observation, state)
             for _ in range(args.num_steps):
-                observation, reward, terminated, truncated, _ = env.step(rollout.act(rng))
+                observation, reward, terminated, truncated, info = env.step(rollout.act(rng))
                 rollout.add(max(-1.0, min(reward, 1.0)), observation)  # a clipped reward
-                episode_length += 1
-                truncated = truncated or episode_length >= args.max_episode_length
                 if terminated or truncated:
                     break
             state = rollout.state
@@ -150,5 +159,6 @@ def train(rank: int, args: Namespace, shared: SharedState, run_folder: Path, res
             shared.steps[rank] += rollout_length
 
             if terminated or truncated:
+                shared.add_episode(rank, info["episode"]["r"], info["episode"]["l"])
                 observation, _ = env.reset()
-                state, episode_length = model.initial_state(), 0
+                state = model.initial_state()

@@ -12,6 +12,7 @@ import numpy as np
 
 from harness.utils import read_text, report_write_errors, write
 
+TRAINING = "training.csv"
 WINDOW = 100  # test episodes that the mean reward is taken over
 RECENT = 20  # the mean over WINDOW lags by half an hour when sixteen workers train on two cores
 MOST_POINTS = 2000  # of a curve: a run of weeks is drawn as fast as one of an hour
@@ -30,14 +31,17 @@ LEARNS_BY = (
     "max_grad_norm",
     "num_steps",
     "no_shared",
+    "init",
 )
 
 
 class Episode(NamedTuple):
-    """A row of episodes.csv.
+    """A row of episodes.csv, a test episode; or of training.csv, a mean over training episodes.
 
     `time_s` and `num_steps` are the run's at the episode's end, all sessions together; `fps` is
-    num_steps / time_s, start-up included. `reward` is not clipped.
+    num_steps / time_s, start-up included. `reward` is not clipped. In training.csv, reward and
+    length are means over the training episodes that ended during a test episode, some as many as
+    there are training workers, and `episode` is the number of the last of them.
     """
 
     episode: int
@@ -69,15 +73,16 @@ class EpisodeLog:
 
     Args:
         run_folder: where it lies.
+        name: episodes.csv or training.csv.
         num_steps: the run's training steps so far. Rows of later ones are from after the checkpoint
-            that the run goes on from. They move to episodes.csv.bak, as does what is no row: a
+            that the run goes on from. They move to a .bak beside it, as does what is no row: a
             crash may have cut the last one short.
 
     Raises `OSError` or `ValueError` if the file cannot be read.
     """
 
-    def __init__(self, run_folder: Path, num_steps: int) -> None:
-        self._path, backup = run_folder / "episodes.csv", run_folder / "episodes.csv.bak"
+    def __init__(self, run_folder: Path, num_steps: int, name: str = "episodes.csv") -> None:
+        self._path, backup = run_folder / name, run_folder / f"{name}.bak"
         self._unwritten: list[Episode] = []
         self.episodes: list[Episode] = []
         text = read_text(self._path) if self._path.exists() else ""
@@ -297,7 +302,7 @@ def draw_comparison(runs: list[Path], path: Path) -> None:
 
 
 def _finish(figure: object, axes: np.ndarray, path: Path) -> None:
-    axes[0].set_ylabel("reward of a test episode")
+    axes[0].set_ylabel("reward of an episode")
     axes[1].set_ylabel("length in steps")
     axes[1].set_xlabel("training steps in millions")
     axes[0].legend(loc="best")

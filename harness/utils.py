@@ -101,11 +101,16 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
-def nonempty_path(text: str) -> Path:
-    """Convert an argparse argument to a path; an empty one would be the current folder."""
+def nonempty_text(text: str) -> str:
+    """Return an argparse argument that names a file; an empty one would be the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty")
-    return Path(text)
+    return text
+
+
+def nonempty_path(text: str) -> Path:
+    """Convert an argparse argument to a path."""
+    return Path(nonempty_text(text))
 
 
 def read_text(path: Path) -> str:

@@ -36,7 +36,7 @@ import main
 import test
 import train
 from envs import create_atari_env
-from harness.checkpoint import SharedState
+from harness.shared import SharedState
 from harness.workers import ENVIRONMENT, num_cores
 from my_optim import SharedAdam
 from rollout import Rollout

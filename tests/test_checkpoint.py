@@ -6,8 +6,9 @@ import torch
 from conftest import options
 
 import main
-from harness.checkpoint import BestAgent, SharedState, dump, load_agent, read, read_checkpoint
+from harness.checkpoint import BestAgent, dump, load_agent, read, read_checkpoint
 from harness.episodes import WINDOW, Episode, EpisodeLog
+from harness.shared import SharedState
 from harness.utils import write
 from model import ActorCritic
 
@@ -153,16 +154,23 @@ def test_the_figures_of_learning_are_means_since_they_were_asked_for():
     shared = SharedState(options(num_processes=2), 1, 6)
     assert shared.mean_figures(shared.figures.sum(dim=0))[0] == {}
     shared.add_figures(0, 20, torch.tensor(8.0), torch.tensor(2.0), torch.tensor(30.0), 1.5, 0.1)
-    before = shared.mean_figures(torch.zeros(7, dtype=torch.float64))[1]
+    shared.add_episode(0, 21.0, 1000)
+    _, num_episodes, before = shared.mean_figures(torch.zeros(10, dtype=torch.float64))
+    assert num_episodes == 1
     shared.add_figures(0, 20, torch.tensor(4.0), torch.tensor(3.0), torch.tensor(10.0), 2.0, 0.3)
     shared.add_figures(1, 5, torch.tensor(1.0), torch.tensor(2.0), torch.tensor(5.0), 4.0, 0.1)
-    figures, _ = shared.mean_figures(before)
+    shared.add_episode(0, -21.0, 900)
+    shared.add_episode(1, -18.0, 1300)
+    figures, num_episodes, _ = shared.mean_figures(before)
+    assert num_episodes == 2
     expected = {
         "policy_loss": 5 / 25,
         "value_loss": 5 / 25,
         "entropy": 15 / 25,
         "gradient_norm": 3.0,
         "learning_rate": 0.2,
+        "training_reward": -19.5,
+        "training_length": 1100,
     }
     assert figures == pytest.approx(expected)
 

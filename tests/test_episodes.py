@@ -362,7 +362,7 @@ def test_the_learning_curve_shows_each_episode_and_its_moving_means(tmp_path, dr
             mean = lines[f"mean of the last {window}"][1]
             assert mean[5] == pytest.approx(table[column][:6].mean())
             assert mean[250] == pytest.approx(table[column][251 - window : 251].mean())
-    assert reward.get_ylabel() == "reward of a test episode"
+    assert reward.get_ylabel() == "reward of an episode"
     assert length.get_ylabel() == "length in steps"
     assert length.get_xlabel() == "training steps in millions"
 

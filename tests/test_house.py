@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("harness/*.py")])
 
 # Who may import whom: only what lies below.
-HARNESS = {"harness", "harness.utils", "harness.workers", "harness.checkpoint"}
+HARNESS = {"harness", "harness.utils", "harness.workers", "harness.checkpoint", "harness.shared"}
 MAY_IMPORT = {
     "model": set(),
     "envs": set(),
@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "harness.workers": {"harness.utils"},
     "harness.episodes": {"harness.utils"},
     "harness.video": {"harness.utils"},
-    "harness.checkpoint": {"harness.utils", "model", "my_optim", "envs"},
+    "harness.checkpoint": {"harness.utils", "model", "envs"},
+    "harness.shared": {"harness.utils", "harness.checkpoint", "model", "my_optim"},
     "train": {"rollout", "model", "envs", *HARNESS},
     "test": {"model", "envs", "harness.episodes", "harness.video", *HARNESS},
     "main": {"train", "test", "envs", "harness.episodes", *HARNESS},

@@ -11,10 +11,12 @@ import cv2
 import pytest
 
 import main
-from harness.checkpoint import SharedState, dump, read
+from harness.checkpoint import dump, read
+from harness.shared import SharedState
 from harness.utils import write
 
 ROOT = Path(main.__file__).parent
+AGENT = ROOT / "results/Pong-v0.pt"
 LINE = re.compile(
     r"Time \d\dh \d\dm \d\ds, num steps (\d+), FPS \d+, episode reward (-?\d+\.\d), "
     r"episode length (\d+), mean100 (-?\d+\.\d), (\d+)%, \d\dh \d\dm left, FPS now \d+\n"
@@ -57,6 +59,11 @@ LINE = re.compile(
         ),
         ("--resume RUN", "RUN is no run's folder: there is no RUN/checkpoint.pt"),
         ("--resume missing", "missing is no run's folder"),
+        ("--resume RUN --init RUN", "argument --init: a run that is resumed goes on with its own"),
+        ("--init missing", "there is no agent in missing: name a run folder"),
+        ("--init FILE", "FILE is damaged, or not one of this program's files"),
+        ("--init=", "argument --init: must not be empty"),
+        (f"--env-name Breakout-v0 --init {AGENT}", "plays Pong-v0 with 6 actions, but Breakout-v0"),
         ("--no-shared False", "unrecognized arguments: False"),
         ("--save-dir FILE", "cannot write the run"),
         ("--save-dir FILE/below", "cannot write the run"),

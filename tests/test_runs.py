@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from harness import workers
 from harness.checkpoint import read
+from harness.episodes import EpisodeLog
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit")
 ALL_ARE_UP = re.compile(
@@ -184,7 +186,7 @@ def test_no_worker_outlives_a_killed_program_of_ones_own(start_main, tmp_path):
 
 def test_an_exception_in_the_main_process_ends_the_run_with_a_checkpoint(start_main, tmp_path):
     start = """
-from harness.checkpoint import SharedState
+from harness.shared import SharedState
 save = SharedState.save
 def fail_once(*args):
     SharedState.save = save
@@ -376,15 +378,28 @@ def test_sixteen_workers_of_which_ten_are_killed_at_random(start_main):
     assert contents["restarts"] == 10
 
 
-def test_a_resumed_run_goes_on_where_it_stopped(start_main):
+def test_a_run_starts_from_an_agent_and_is_resumed_where_it_stopped(start_main, tmp_path):
+    agent = tmp_path / "agent.pt"
+    shutil.copy(ROOT / "results/Pong-v0.pt", agent)
     argv = ["--num-processes", "2", "--max-episode-length", "100", "--record-every", "3"]
-    first = start_main(*argv, "--max-steps", "1500", "--lr", "0.001")
+    first = start_main(*argv, "--max-steps", "1500", "--lr", "0.001", "--init", str(agent))
     assert first.process.wait(timeout=180) == 0
     assert len(ALL_ARE_UP.findall(first.out)) == 1
     table, checkpoint = rows(first.folder), read(first.folder / "checkpoint.pt")
+    weights, started_from = checkpoint["model"], read(agent)
+    agent.unlink()  # it is needed no more
+    assert all((weights[k] - w).abs().max() < 0.005 for k, w in started_from["model"].items())
+    assert any((weights[k] - w).abs().max() > 0 for k, w in started_from["model"].items())
+    statistics = [c["observation_statistics"][2] for c in (started_from, checkpoint)]
+    assert statistics[1] == statistics[0] + 101 * len(table)
+    trained = EpisodeLog(first.folder, 1600, "training.csv").episodes
+    assert trained[-1].length == 100
+    assert len(trained) <= trained[-1].episode + 1 <= 15  # of 1,500 steps
     later = f"{len(table)},99.0,9999,100,0.0,100\n"
     with open(first.folder / "episodes.csv", "a") as file:
         file.write(later)  # as if it had been killed long after the checkpoint
+    with open(first.folder / "training.csv", "a") as file:
+        file.write(later)
 
     argv = ["--resume", str(first.folder), "--max-steps", "3000", "--num-processes", "1"]
     second = start_main(*argv, folder=first.folder)
@@ -409,7 +424,11 @@ def test_a_resumed_run_goes_on_where_it_stopped(start_main):
     assert 0 < counts[0] < counts[1]
     videos = {path.name for path in (first.folder / "videos").iterdir()}
     assert videos == {f"rl-video-episode-{n}.mp4" for n in range(0, len(resumed), 3)}
-    assert (first.folder / "episodes.csv.bak").read_text() == later
+    for name in "episodes", "training":
+        assert (first.folder / f"{name}.csv.bak").read_text() == later
+    trained_on = EpisodeLog(first.folder, 3020, "training.csv").episodes
+    assert trained_on[: len(trained)] == trained
+    assert len(trained_on) > len(trained)
 
 
 def test_tensorboard_gets_the_test_episodes_and_the_means_over_all_training_workers(start_main):
@@ -424,7 +443,8 @@ def test_tensorboard_gets_the_test_episodes_and_the_means_over_all_training_work
     events = EventAccumulator(str(folder)).Reload()
     scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     learning = {"policy_loss", "value_loss", "entropy", "gradient_norm", "learning_rate"}
-    assert scalars.keys() == {"reward", "length", "steps_per_second"} | learning
+    training = {"training_reward", "training_length"}
+    assert scalars.keys() == {"reward", "length", "steps_per_second"} | learning | training
     table = rows(run.folder)
     assert [event.value for event in scalars["length"]] == [100.0] * len(table)
     assert [event.step for event in scalars["reward"]] == [int(row["num_steps"]) for row in table]

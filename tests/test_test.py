@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,9 @@ from test_video import frames_of
 
 import test as evaluator
 from envs import atari_games, create_atari_env
-from harness.checkpoint import BestAgent, SharedState, load_agent
-from harness.episodes import Episode, EpisodeLog
+from harness.checkpoint import BestAgent, load_agent
+from harness.episodes import TRAINING, Episode, EpisodeLog
+from harness.shared import SharedState
 from harness.video import Video
 from harness.workers import FINISH, STOP
 from model import ActorCritic
@@ -49,9 +51,8 @@ def shorten(monkeypatch):
     """Let each episode end after so many steps."""
 
     def shorten(steps):
-        real = evaluator.play_episode
-        short = lambda *args, **more: real(*args, max_length=steps, **more)  # noqa: E731
-        monkeypatch.setattr(evaluator, "play_episode", short)
+        short = partial(create_atari_env, max_episode_length=steps)
+        monkeypatch.setattr("harness.checkpoint.create_atari_env", short)
 
     return shorten
 
@@ -88,10 +89,10 @@ def opinionated(num_actions):
 
 
 def test_an_episode_is_scored_with_rewards_unclipped():
-    env = create_atari_env("ALE/BeamRider-v5")
+    env = create_atari_env("ALE/BeamRider-v5", max_episode_length=400)
     torch.manual_seed(0)
     reward, length = evaluator.play_episode(
-        env, ActorCritic(1, 9), random.Random(0), Video(None, env), 400
+        env, ActorCritic(1, 9), random.Random(0), Video(None, env)
     )
     assert reward >= 44  # a beam rider's sector pays 44 points an enemy
     assert reward % 44 == 0
@@ -101,8 +102,8 @@ def test_an_episode_is_scored_with_rewards_unclipped():
 @torch.no_grad()
 def test_each_picture_of_a_video_has_the_value_and_policy_of_its_own_observation():
     model, recorder = opinionated(6), Recorder()
-    env = create_atari_env("PongDeterministic-v4")
-    evaluator.play_episode(env, model, random.Random(0), recorder, 20)
+    env = create_atari_env("PongDeterministic-v4", max_episode_length=20)
+    evaluator.play_episode(env, model, random.Random(0), recorder)
     assert len(recorder.frames) == 21
     state = model.initial_state()
     for observation, _, value, policy in recorder.frames:
@@ -116,8 +117,8 @@ def test_each_picture_of_a_video_has_the_value_and_policy_of_its_own_observation
 
 
 def test_the_pictures_of_a_video_show_the_score_so_far():
-    env, recorder = create_atari_env("ALE/Boxing-v5"), Recorder()
-    reward, length = evaluator.play_episode(env, opinionated(18), random.Random(0), recorder, 300)
+    env, recorder = create_atari_env("ALE/Boxing-v5", max_episode_length=300), Recorder()
+    reward, length = evaluator.play_episode(env, opinionated(18), random.Random(0), recorder)
     scores = [score for _, score, *_ in recorder.frames]
     assert len(scores) == length + 1
     assert (scores[0], scores[-1]) == (0.0, reward)
@@ -127,17 +128,18 @@ def test_the_pictures_of_a_video_show_the_score_so_far():
 def test_an_episode_is_the_same_recorded_or_not():
     outcomes = []
     for recorder in Recorder(), Video(None, None):
-        env, rng = create_atari_env("ALE/Boxing-v5"), random.Random(0)
-        outcome = evaluator.play_episode(env, opinionated(18), rng, recorder, 200)
+        env, rng = create_atari_env("ALE/Boxing-v5", max_episode_length=200), random.Random(0)
+        outcome = evaluator.play_episode(env, opinionated(18), rng, recorder)
         outcomes.append((outcome, env.statistics, rng.random()))
     assert outcomes[0] == outcomes[1]
 
 
 def test_a_greedy_episode_takes_the_likeliest_actions():
-    env, recorder, taken = create_atari_env("PongDeterministic-v4"), Recorder(), []
+    env, taken = create_atari_env("PongDeterministic-v4", max_episode_length=50), []
+    recorder = Recorder()
     step = env.step
     env.step = lambda action: taken.append(action) or step(action)
-    evaluator.play_episode(env, opinionated(6), random.Random(0), recorder, 50, greedy=True)
+    evaluator.play_episode(env, opinionated(6), random.Random(0), recorder, greedy=True)
     assert taken == [int(np.argmax(policy)) for *_, policy in recorder.frames[:-1]]
     assert len(set(taken)) > 1
 
@@ -191,6 +193,30 @@ def test_the_run_is_to_finish_when_a_hundred_test_episodes_have_reached_the_targ
     assert [e.episode for e in EpisodeLog(tmp_path, 0).episodes] == list(range(100))
 
 
+def test_training_episodes_have_a_table_of_their_own_beside_the_test_episodes(
+    tmp_path, monkeypatch
+):
+    args = options(record_every=0, max_steps=None)
+    shared = SharedState(args, 1, 6)
+    EpisodeLog(tmp_path, 0, TRAINING).append(Episode(6, 1.0, 0, 0, -21.0, 900))  # a session before
+    meanwhile = iter([[], [(-21.0, 900), (-20.0, 1001)], [(4.0, 7)]])
+
+    def play_episode(*_, **__):
+        trained = next(meanwhile, None)
+        for reward, length in trained or []:
+            shared.add_episode(0, reward, length)
+            shared.steps[0] += length
+        return None if trained is None else (21.0, 5)
+
+    monkeypatch.setattr(evaluator, "play_episode", play_episode)
+    evaluator.evaluate(args, shared, time.monotonic(), tmp_path, 0)
+    assert len(EpisodeLog(tmp_path, 10_000).episodes) == 3
+    rows = EpisodeLog(tmp_path, 10_000, TRAINING).episodes
+    assert [row.episode for row in rows] == [6, 8, 9]
+    assert [(row.reward, row.length) for row in rows[1:]] == [(-20.5, 950), (4.0, 7)]
+    assert [row.num_steps for row in rows[1:]] == [1901, 1908]
+
+
 # Playing saved agents.
 
 
@@ -224,7 +250,7 @@ def test_a_run_stopped_before_its_first_test_episode_can_be_played(
     assert play(capsys, tmp_path, "--episodes", 1)[1].startswith("1 episodes: mean ")
 
 
-def test_a_saved_agent_can_be_played_in_a_loop_of_ones_own(agent):
+def test_a_saved_agent_can_be_played_in_a_loop_of_ones_own(agent, shorten):
     env, model = load_agent(str(agent))
     observation, _ = env.reset(seed=7)
     state, total_reward = model.initial_state(), 0.0
@@ -234,9 +260,10 @@ def test_a_saved_agent_can_be_played_in_a_loop_of_ones_own(agent):
         total_reward += reward
     assert not value.requires_grad
 
+    shorten(300)
     same, model = load_agent(agent)
     rng = SimpleNamespace(randrange=lambda _: 7)
-    played = evaluator.play_episode(same, model, rng, Video(None, same), 300, greedy=True)
+    played = evaluator.play_episode(same, model, rng, Video(None, same), greedy=True)
     assert played == (total_reward, 300)
     assert env.statistics == same.statistics  # of all pictures that were seen
     assert env.statistics[2] == STATISTICS[2] + 301

@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import options
 from gym import spaces
+from gym.wrappers import RecordEpisodeStatistics, TimeLimit
 from test_rollout import backend, backends
 
 import train
-from harness.checkpoint import SharedState
+from harness.shared import SharedState
 from harness.workers import STOP
 from model import ActorCritic
 from my_optim import SharedAdam
@@ -65,6 +66,11 @@ def test_gradients_flow_where_they_should_and_nowhere_else():
     # Into the logits: advantage x (policy - chosen action).
     expected = logits.detach().softmax(1) - torch.eye(6)[actions]
     torch.testing.assert_close(logits.grad, expected * torch.tensor(advantages).unsqueeze(1))
+
+
+def recorded_env(world, max_episode_length):
+    """What `envs.create_atari_env` puts around a game."""
+    return RecordEpisodeStatistics(TimeLimit(world, max_episode_length))
 
 
 class ShortGame(gym.Env):
@@ -152,7 +158,7 @@ def test_the_bootstrap_is_zero_after_an_end_and_the_critics_value_after_a_cut(
     cut,
 ):
     game = ShortGame(terminates, truncates)
-    monkeypatch.setattr(train, "create_atari_env", lambda env_name: game)
+    monkeypatch.setattr(train, "create_atari_env", lambda _, **limit: recorded_env(game, **limit))
     args = options(max_episode_length=max_episode_length, num_steps=num_steps, max_steps=1)
     shared = create_shared(args)
     model = ActorCritic(1, 6)
@@ -162,6 +168,8 @@ def test_the_bootstrap_is_zero_after_an_end_and_the_critics_value_after_a_cut(
     assert rollout.rewards == [1.0] * length  # clipped
     assert rollout.values.shape == (length,)
     assert shared.steps.item() == length
+    episode = [5.0 * length, length, 1.0] if length < num_steps else [0.0, 0.0, 0.0]
+    assert shared.figures[0, -3:].tolist() == episode  # its reward is not clipped
     state = model.initial_state()
     for game.num_steps in range(length + 1):
         value, _, state = model(torch.from_numpy(game.observe()).unsqueeze(0), state)
@@ -255,9 +263,23 @@ def test_the_learning_rate_follows_its_schedule(schedule, expected, tmp_path):
     assert shared.optimizers[0].rates == pytest.approx([0.01 * factor for factor in expected])
 
 
+@pytest.mark.parametrize(("num_adams", "rising"), [(1, [0.0, 0.25, 0.5, 0.75]), (2, [0.0, 0.125])])
+def test_an_agent_to_start_from_is_not_moved_by_full_steps_at_once(
+    num_adams, rising, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(train, "WARM_UP", 4)
+    args = options(max_steps=200, lr=0.01, init="runs/before")
+    shared = create_shared(args)
+    shared.optimizers *= num_adams  # each of them makes its own part of the updates
+    rates = train_here(args, tmp_path, shared).optimizers[0].rates
+    assert rates[: len(rising)] == pytest.approx([0.01 * factor for factor in rising])
+    assert rates[-1] == 0.01
+    assert rates == sorted(rates)
+
+
 def test_what_the_workers_learn_by_is_added_up(losses_of, tmp_path):
     shared = train_here(options(max_steps=100), tmp_path)
-    means, sums = shared.mean_figures(since=torch.zeros(()))
+    means, _, sums = shared.mean_figures(since=torch.zeros(()))
     assert means["entropy"] == pytest.approx(np.log(6), abs=0.01)  # nats a step
     assert means["learning_rate"] == pytest.approx(1e-4)
     assert means["gradient_norm"] > 0
@@ -298,7 +320,7 @@ class Catch(gym.Env):
 
 def test_training_learns_a_toy_world(monkeypatch, tmp_path):
     world = Catch()
-    monkeypatch.setattr(train, "create_atari_env", lambda env_name: world)
+    monkeypatch.setattr(train, "create_atari_env", lambda _, **limit: recorded_env(world, **limit))
     args = options(max_steps=3000, lr=1e-3)
     torch.manual_seed(0)
     train_here(args, tmp_path, SharedState(args, 1, 2))
