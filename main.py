@@ -27,10 +27,10 @@ import torch
 import torch.multiprocessing as mp
 
 from envs import create_atari_env, find_game
-from harness import utils
+from harness import hosts, utils
 from harness.checkpoint import checkpoint_of, describe_versions, read_checkpoint
 from harness.episodes import TRAINING, EpisodeLog
-from harness.shared import SharedState
+from harness.shared import OF_A_SESSION, SharedState
 from harness.utils import complain, fail, number, one_of, reason, say
 from test import evaluate
 from train import train
@@ -57,6 +57,10 @@ def add_run_options(add: Callable[..., Any]) -> None:
     add("--annotate", action=switch, default=False, help="videos show what the agent sees, thinks")
     needs = "write event files; needs pip install tensorboard"
     add("--tensorboard", action=switch, default=False, help=needs)
+    ray = {"type": hosts.cluster_address, "nargs": "?", "const": hosts.DEFAULT_ADDRESS}
+    add("--ray", **ray, metavar="HOST:PORT", help="train on all machines of this Ray cluster, too")
+    exchange = "seconds that another machine learns between two exchanges"
+    add("--ray-interval", type=number(float, 0, 3600), default=1.0, help=exchange)
 
 
 def add_learning_options(add: Callable[..., Any]) -> None:
@@ -122,7 +126,7 @@ def options_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """
     known = vars(make_parser().parse_args([]))
     options = checkpoint["options"]
-    unknown = [str(name) for name in options if name not in known or name in ("resume", "save_dir")]
+    unknown = [str(name) for name in options if name not in known or name in OF_A_SESSION]
     if unknown:
         made_with = describe_versions(checkpoint)
         raise ValueError(
@@ -194,6 +198,8 @@ def prepare(
     """
     args, checkpoint = parse_args(argv), None
     try:
+        if args.ray:
+            hosts.find_cluster(args.ray)
         if args.resume:
             checkpoint_of(args.resume)  # before the lock makes a file in a folder that is no run's
             until_the_end.enter_context(workers.run_folder_locked(args.resume))
@@ -244,6 +250,9 @@ def create_jobs(
         for rank in range(n)
     ]
     jobs.insert(1, workers.Job("test worker", n, evaluate, (args, shared, started, run_folder)))
+    if args.ray:
+        to_link = train, args, shared, run_folder
+        jobs.append(workers.Job("link", n + 1, hosts.link, to_link, is_vital=False))
     return jobs
 
 
@@ -313,6 +322,8 @@ def command_to_resume(args: argparse.Namespace, shared: SharedState, run_folder:
     with contextlib.suppress(OSError, ValueError):
         if EpisodeLog(run_folder, shared.total_steps()).has_reached(args.target_reward):
             command += ["--target-reward", f"{args.target_reward + 1:g}"]
+    if args.ray:
+        command += ["--ray", args.ray]
     return shlex.join(command)
 
 

@@ -26,6 +26,8 @@ def _obstacle():
 
 
 _what = _obstacle()
+if _what and "ray" in sys.modules:  # on another machine: Ray tells the head (see hosts.py)
+    raise ImportError(_what)
 if _what:
     sys.stderr.write("error: " + _what + "\n")
     sys.exit(2)

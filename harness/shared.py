@@ -20,6 +20,7 @@ from harness.utils import reason, report_write_errors, write
 from model import ActorCritic
 from my_optim import SharedAdam
 
+OF_A_SESSION = ("resume", "save_dir", "ray")  # options that a resumed run does not inherit
 # What each training worker adds up for TensorBoard and training.csv: its steps, sums over them,
 # sums over its updates, the number of those, sums over its episodes, and the number of those.
 PER_STEP = ("policy_loss", "value_loss", "entropy")
@@ -37,12 +38,13 @@ class SharedState:
     Attributes:
         model: the shared weights.
         optimizers: the shared Adam; with --no-shared, one for each training worker.
-        steps: (num_processes,) int64, training steps. A slot a worker, so there is no lock; the
-            paper's T is their sum.
-        dropped: (num_processes,) int64, rollouts whose loss or gradient was not finite.
-        figures: (num_processes, len(FIGURES)) float64, sums over each worker's updates and
+        steps: (num_processes + 1,) int64, training steps. A slot a worker, so there is no lock, and
+            one for all other machines (harness/hosts.py); the paper's T is their sum.
+        dropped: (num_processes + 1,) int64, rollouts whose loss or gradient was not finite.
+        figures: (num_processes + 1, len(FIGURES)) float64, sums over each worker's updates and
             episodes.
-        ready: (num_processes + 1,) int64, the workers that have started up, the test worker last.
+        ready: (num_processes + 2,) int64, the workers that have started up; the test worker and
+            the link to other machines last.
         stop: (1,) int64, see workers.GO_ON.
         restarts: (1,) int64, deaths and resumes so far. It is part of each worker's seed, so that
             nobody draws again what was drawn before.
@@ -61,13 +63,13 @@ class SharedState:
                 SharedAdam(self.model.parameters(), lr=args.lr)
                 for _ in range(n if args.no_shared else 1)
             ]
-            integers = torch.zeros(3 * n + 3, dtype=torch.int64).share_memory_()
-            floats = torch.zeros(n * len(FIGURES) + 3, dtype=torch.float64).share_memory_()
+            integers = torch.zeros(3 * n + 6, dtype=torch.int64).share_memory_()
+            floats = torch.zeros((n + 1) * len(FIGURES) + 3, dtype=torch.float64).share_memory_()
         except RuntimeError as error:
             raise _no_shared_memory(error, n if args.no_shared else 1) from error
-        parts = integers.split([n, n, n + 1, 1, 1])
+        parts = integers.split([n + 1, n + 1, n + 2, 1, 1])
         self.steps, self.dropped, self.ready, self.stop, self.restarts = parts
-        self.figures, self.statistics = floats[:-3].view(n, len(FIGURES)), floats[-3:]
+        self.figures, self.statistics = floats[:-3].view(n + 1, len(FIGURES)), floats[-3:]
         self.elapsed = 0.0
 
     def optimizer(self, rank: int) -> SharedAdam:
@@ -119,22 +121,24 @@ class SharedState:
                 means |= {name: sums[name] / sums[of] for name in names}
         return means, int(sums["training_episodes"]), so_far
 
-    def save(self, run_folder: Path, args: argparse.Namespace, elapsed: float) -> None:
-        """Write checkpoint.pt; if that fails, say so, the previous one being whole."""
-        options = {k: v for k, v in vars(args).items() if k not in ("resume", "save_dir")}
-        contents = {
+    def contents(self, args: argparse.Namespace, elapsed: float) -> dict[str, Any]:
+        """Return the contents of a checkpoint, the tensors being those in use."""
+        return {
             "model": self.model.state_dict(),
             "moments": [list(optimizer.state.values()) for optimizer in self.optimizers],
             "steps": self.total_steps(),
             "elapsed": elapsed,
             "restarts": self.restarts,
             "observation_statistics": self.statistics,
-            "options": options,
+            "options": {k: v for k, v in vars(args).items() if k not in OF_A_SESSION},
             "versions": VERSIONS,
         }
+
+    def save(self, run_folder: Path, args: argparse.Namespace, elapsed: float) -> None:
+        """Write checkpoint.pt; if that fails, say so, the previous one being whole."""
         path = run_folder / "checkpoint.pt"
         with report_write_errors(path):
-            write(dump(contents), path)
+            write(dump(self.contents(args, elapsed)), path)
 
     def start_from(self, agent: Path, env_name: str) -> None:
         """Take weights and normaliser from a saved agent, for a new run on `env_name`.

@@ -198,6 +198,7 @@ class Job(NamedTuple):
     rank: int
     target: Callable[..., None]
     args: tuple
+    is_vital: bool = True  # its deaths may end the run
 
 
 @dataclass
@@ -247,6 +248,7 @@ class Supervisor:
         stop: (1,) int64 in shared memory, GO_ON until somebody wants the run to end.
         restarts: (1,) int64, the number that the workers started next are given; grows with deaths.
         run_folder: for tracebacks.
+        report: called with a line about each death.
     """
 
     def __init__(
@@ -257,8 +259,9 @@ class Supervisor:
         stop: Any,
         restarts: Any,
         run_folder: Path,
+        report: Callable[[str], None] = complain,
     ) -> None:
-        self._context, self._run_folder = context, run_folder
+        self._context, self._run_folder, self._report = context, run_folder, report
         self._ready, self._stop, self._restarts = ready, stop, restarts
         self._workers = [_Worker(job) for job in jobs]
         self._num_jobs = len(jobs)
@@ -337,10 +340,12 @@ class Supervisor:
         now = time.monotonic()
         worker.deaths = [at for at in worker.deaths if now - at < DEATHS_WITHIN] + [now]
         self._restarts += 1
-        if len(worker.deaths) > MAX_DEATHS:
+        if not worker.job.is_vital:
+            worker.not_before = now + START_AGAIN_AFTER
+        elif len(worker.deaths) > MAX_DEATHS:
             often = f"{len(worker.deaths)} times in {DEATHS_WITHIN / 60:g} minutes"
             raise DiedTooOftenError(f"{worker.job.name} {what}; that was {often}, so the run ends")
-        complain(f"{worker.job.name} {what}; it is started again")
+        self._report(f"{worker.job.name} {what}; it is started again")
 
     def _kill_the_late(self) -> None:
         self._stopped_at = self._stopped_at or time.monotonic()

@@ -135,7 +135,7 @@ class Cell:
         os.environ |= {"OMP_NUM_THREADS": "1"} if self.program == "textbook" else ENVIRONMENT
         for process in self.processes:
             process.start()
-        while not self.shared.steps.all():  # the first rollout imports and allocates
+        while not self.shared.steps[:-1].all():  # the first rollout imports and allocates
             time.sleep(0.1)
         self.signal(signal.SIGSTOP)
 

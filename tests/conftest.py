@@ -32,6 +32,21 @@ def environment(folder, **modules):
     return os.environ | {"PYTHONPATH": str(folder)}
 
 
+def states(pids):
+    command = ["ps", "-o", "stat=", "-p", ",".join(map(str, pids))]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split()
+
+
+def gone(pids, within=5.0):
+    """Whether none of these processes is there any more, or will be in `within` seconds."""
+    deadline = time.monotonic() + within
+    while any("Z" not in state for state in states(pids)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 class Run:
     """main.py, or a program of one's own, in a process group of its own, and what it says.
 

@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "harness.shared": {"harness.utils", "harness.checkpoint", "model", "my_optim"},
     "train": {"rollout", "model", "envs", *HARNESS},
     "test": {"model", "envs", "harness.episodes", "harness.video", *HARNESS},
-    "main": {"train", "test", "envs", "harness.episodes", *HARNESS},
+    "harness.hosts": {"model", *HARNESS},
+    "main": {"train", "test", "envs", "harness.episodes", "harness.hosts", *HARNESS},
 }
 
 

@@ -64,6 +64,9 @@ LINE = re.compile(
         ("--init FILE", "FILE is damaged, or not one of this program's files"),
         ("--init=", "argument --init: must not be empty"),
         (f"--env-name Breakout-v0 --init {AGENT}", "plays Pong-v0 with 6 actions, but Breakout-v0"),
+        ("--ray there", "argument --ray: must be HOST:PORT, as 127.0.0.1:6379, not 'there'"),
+        ("--ray 127.0.0.1:1", "argument --ray: no cluster at 127.0.0.1:1 (Connection refused); "),
+        ("--ray-interval -1", "argument --ray-interval: must be a number from 0 to 3600"),
         ("--no-shared False", "unrecognized arguments: False"),
         ("--save-dir FILE", "cannot write the run"),
         ("--save-dir FILE/below", "cannot write the run"),
@@ -278,3 +281,11 @@ def test_a_system_that_it_cannot_run_on_is_one_line(pretence, message, script):
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {message}")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_machine_of_a_cluster_that_lacks_a_package_tells_it_as_an_exception():
+    program = "import sys, types; sys.modules['ray'] = types.ModuleType('ray'); "
+    program += "sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; import harness"
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr.splitlines()[-1].startswith("ImportError: not installed for ")

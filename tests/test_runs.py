@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, gone, states
 from imageio_ffmpeg import count_frames_and_secs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -30,21 +30,6 @@ PLAIN = "--num-processes", "1", "--record-every", "0"
 def rows(folder):
     with open(folder / "episodes.csv") as file:
         return list(csv.DictReader(file))
-
-
-def states(pids):
-    command = ["ps", "-o", "stat=", "-p", ",".join(map(str, pids))]
-    return subprocess.run(command, capture_output=True, text=True).stdout.split()
-
-
-def gone(pids, within=5.0):
-    """Whether none of these processes is there any more, or will be in `within` seconds."""
-    deadline = time.monotonic() + within
-    while any("Z" not in state for state in states(pids)):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def freeze(pids):

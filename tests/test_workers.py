@@ -265,12 +265,12 @@ def test_a_turn_that_is_ended_early_is_somebody_elses(start, tmp_path):
 class Supervised:
     """Jobs of one target in a folder, and what became of them."""
 
-    def __init__(self, folder, target, num_jobs=1, context=spawn):
+    def __init__(self, folder, target, num_jobs=1, context=spawn, **job):
         resource_tracker.ensure_running()
         # Here only the supervisor reads them; in a run they are tensors in shared memory.
         self.ready = np.zeros(num_jobs, np.int64)
         self.stop, self.restarts = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        jobs = [workers.Job(f"worker {n}", n, target, (folder, n)) for n in range(num_jobs)]
+        jobs = [workers.Job(f"worker {n}", n, target, (folder, n), **job) for n in range(num_jobs)]
         shared = self.ready, self.stop, self.restarts
         self.supervisor = workers.Supervisor(context, jobs, *shared, folder)
 
@@ -324,6 +324,14 @@ def test_deaths_that_lie_far_apart_do_not_end_the_run(tmp_path, capsys, monkeypa
     assert run.restarts == 5
     report = "worker 0 died: exit status 7; it is started again\n"
     assert capsys.readouterr().err == 5 * report
+
+
+def test_a_job_that_is_not_vital_is_started_again_for_ever(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(workers, "START_AGAIN_AFTER", 0.2)
+    start = time.monotonic()
+    Supervised(tmp_path, exit_until_restarted_five_times, is_vital=False).watch()
+    assert capsys.readouterr().err.count("worker 0 died: exit status 7; it is started again") == 5
+    assert time.monotonic() - start > 5 * 0.2
 
 
 def leave_a_mark(folder, rank, restarts):

@@ -1,0 +1,350 @@
+"""Other machines, by Ray: each learns for a second, then adds what its weights have moved by.
+
+To a run, another machine is one big worker of A3C. It has a `Host`, with training workers, shared
+weights and a shared Adam of its own. The run's own machine, the head, has a `link`, a process that
+sends each host the run's weights and adds the answer to them, in place and without a lock, as the
+workers do. tests/README.md says what that costs.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+
+from harness import workers
+from harness.checkpoint import dump
+from harness.shared import SharedState
+from harness.utils import reason, say
+from model import ActorCritic
+
+DEFAULT_ADDRESS = "127.0.0.1:6379"  # where `ray start --head` listens
+INSTALL = "pip install ray==2.60.0"  # all machines of a cluster need the same
+CONNECT_WITHIN = 3.0  # seconds; Ray itself would try for minutes
+LOOK_EVERY = 5.0  # seconds, for machines that have joined
+SAY_AGAIN = 300.0  # seconds, what is wrong still
+END_WITHIN = 2.0  # seconds, this process after the run
+LEFT_ALONE = 30.0  # seconds that a machine gets no host after one has failed there
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to Ray's makers
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about GPUs
+}
+
+
+def cluster_address(text: str) -> str:
+    """Return an argparse argument that is HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    if not host.strip() or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise argparse.ArgumentTypeError(f"must be HOST:PORT, as {DEFAULT_ADDRESS}, not '{text}'")
+    return text
+
+
+def find_cluster(address: str) -> None:
+    """Raise `ValueError` if Ray is not installed or if nothing listens at the address."""
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError(f"argument --ray: Ray is not installed: {INSTALL}")
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_WITHIN).close()
+    except OSError as error:
+        start = "start one with: ray start --head"
+        what = f"argument --ray: no cluster at {address} ({reason(error)})"
+        raise ValueError(f"{what}; {start}") from None
+
+
+# The weights as one vector, and sums.
+
+
+def weights_of(model: ActorCritic) -> torch.Tensor:
+    """Return a copy of all weights, (number of weights,)."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def add_to(model: ActorCritic, change: torch.Tensor) -> None:
+    """Add a change of all weights, (number of weights,), in place: workers go on updating them."""
+    with torch.no_grad():
+        parts = change.split([p.numel() for p in model.parameters()])
+        for parameter, part in zip(model.parameters(), parts, strict=True):
+            parameter.add_(part.view_as(parameter))
+
+
+def own_sums(shared: SharedState) -> torch.Tensor:
+    """Return this machine's steps, dropped rollouts, and the sums of `shared.figures`, float64."""
+    counts = torch.stack([shared.steps[:-1].sum(), shared.dropped[:-1].sum()])
+    return torch.cat([counts.double(), shared.figures[:-1].sum(dim=0)])
+
+
+class Report(NamedTuple):
+    """What a host answers.
+
+    Attributes:
+        change: (number of weights,) float32, what its workers have moved the weights by.
+        sums: what `own_sums` has grown by.
+        messages: what to say at the head.
+    """
+
+    change: np.ndarray
+    sums: np.ndarray
+    messages: list[str]
+
+
+class Host:
+    """Another machine's part in a run; an actor of Ray.
+
+    Args:
+        train: what a training worker does, `train.train`.
+        checkpoint: the contents of a checkpoint.pt, made now, to start from as a resumed run does.
+        seed: text that no other host has.
+    """
+
+    def __init__(self, train: Callable[..., None], checkpoint: bytes, seed: str) -> None:
+        torch.set_num_threads(1)
+        os.environ |= workers.ENVIRONMENT
+        # A spawned process imports `__main__` first: it is to import this file, not Ray's worker.
+        sys.modules["__main__"] = sys.modules[__name__]
+        contents = torch.load(io.BytesIO(checkpoint), weights_only=True)
+        args = argparse.Namespace(**contents["options"] | {"seed": seed})
+        num_inputs = contents["model"]["conv1.weight"].shape[1]
+        num_actions = contents["model"]["actor_linear.bias"].shape[0]
+        self._shared = SharedState(args, num_inputs, num_actions)
+        self._shared.restore(contents)
+        self._shared.steps.zero_()  # but for the last, its own
+        self._reported = weights_of(self._shared.model), own_sums(self._shared)
+        self._messages: list[str] = []
+        self._failure: str | None = None
+        self._ended = threading.Event()
+        self._start(train, args)
+
+    def _start(self, train: Callable[..., None], args: argparse.Namespace) -> None:
+        folder = Path.cwd()  # Ray's own for this actor; Ray removes it
+        jobs = [
+            workers.Job(f"training worker {rank}", rank, train, (rank, args, self._shared, folder))
+            for rank in range(args.num_processes)
+        ]
+        threading.Thread(target=self._supervise, args=(jobs, folder), daemon=True).start()
+
+    def _supervise(self, jobs: list[workers.Job], folder: Path) -> None:
+        shared, spawn = self._shared, mp.get_context("spawn")
+        try:
+            with workers.Supervisor(
+                *(spawn, jobs, shared.ready, shared.stop, shared.restarts, folder),
+                report=self._messages.append,
+            ) as supervisor:
+                for _ in supervisor.watch():
+                    pass
+        except Exception as error:
+            self._failure = reason(error)
+            self._ended.set()
+
+    def learn(self, weights: np.ndarray, num_steps: int, seconds: float) -> Report:
+        """Take the run's weights and steps, learn on for `seconds`, report what was learnt.
+
+        Each update is reported once: what the workers do between a report and the next weights
+        stays in the host's weights, and is in the next report.
+        """
+        self.take(weights, num_steps)
+        self._ended.wait(seconds)
+        if self._failure:
+            raise RuntimeError(self._failure)
+        return self.report(weights)
+
+    def take(self, weights: np.ndarray, num_steps: int) -> None:
+        """Add what the run's weights differ by from those last reported."""
+        reported, sums = self._reported
+        add_to(self._shared.model, torch.tensor(weights) - reported)
+        self._shared.steps[-1] = num_steps - int(sums[0])  # those of all others
+
+    def report(self, weights: np.ndarray) -> Report:
+        """Return what has been learnt since the last report; the run had these weights since."""
+        before = self._reported[1]
+        self._reported = weights_of(self._shared.model), own_sums(self._shared)
+        change = self._reported[0] - torch.tensor(weights)
+        messages, self._messages[:] = list(self._messages), []
+        return Report(change.numpy(), (self._reported[1] - before).numpy(), messages)
+
+
+# The head's side.
+
+
+def _is_over(args: argparse.Namespace, shared: SharedState) -> bool:
+    return bool(shared.stop != workers.GO_ON) or shared.has_made(args.max_steps)
+
+
+def _end_with_the_run(args: argparse.Namespace, shared: SharedState) -> None:
+    """End this process soon after the run, also while a call of Ray waits for what is gone.
+
+    Ray ends the hosts with it.
+    """
+    while not _is_over(args, shared):
+        time.sleep(0.1)
+    time.sleep(END_WITHIN)
+    os._exit(0)
+
+
+@contextlib.contextmanager
+def _connected(address: str) -> Iterator[None]:
+    """Be connected to the cluster, whose other machines get a copy of this program's files."""
+    import ray
+
+    root = Path(__file__).parents[1]
+    with tempfile.TemporaryDirectory() as copy:
+        for path in [*root.glob("*.py"), *root.glob("harness/*.py")]:
+            target = Path(copy, path.relative_to(root))
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(path, target)
+        try:
+            ray.init(address, runtime_env={"working_dir": copy}, log_to_driver=False)
+            yield
+        finally:
+            ray.shutdown()
+
+
+@dataclass
+class _Machine:
+    """One that has a host."""
+
+    name: str
+    node_id: str
+    host: Any
+    has_joined: bool = False  # its first change has arrived
+
+
+class Link:
+    """Keeps a host on each other machine of the cluster, and exchanges weights with all of them."""
+
+    def __init__(
+        self, train: Callable[..., None], args: argparse.Namespace, shared: SharedState, out: TextIO
+    ) -> None:
+        self._train, self._args, self._shared, self._out = train, args, shared, out
+        self._under_way: dict[Any, _Machine] = {}  # by the call of `learn`, one a machine
+        self._not_before: dict[str, float] = {}  # by node, when it may get a host
+        self._last_look = -LOOK_EVERY
+
+    def exchange(self) -> None:
+        """Do so until the run ends; raises what Ray raises."""
+        import ray
+
+        while not _is_over(self._args, self._shared):
+            if time.monotonic() - self._last_look > LOOK_EVERY:
+                self._last_look = time.monotonic()
+                self._look_for_machines()
+            if not self._under_way:
+                time.sleep(0.2)
+                continue
+            for call in ray.wait(list(self._under_way), timeout=0.2)[0]:
+                machine = self._under_way.pop(call)
+                try:
+                    self._add(machine, ray.get(call))
+                except (ray.exceptions.RayError, ValueError) as error:
+                    self._lose(machine, error)
+                else:
+                    self._ask(machine)
+        for machine in self._under_way.values():
+            ray.kill(machine.host)
+
+    def _look_for_machines(self) -> None:
+        import ray
+
+        own = ray.get_runtime_context().get_node_id()
+        have = {own, *(machine.node_id for machine in self._under_way.values())}
+        for node in ray.nodes():
+            node_id = node["NodeID"]
+            due = time.monotonic() >= self._not_before.get(node_id, 0.0)
+            if node["Alive"] and node_id not in have and due:
+                machine = _Machine(node["NodeManagerAddress"], node_id, self._start_host(node_id))
+                self._ask(machine)
+
+    def _start_host(self, node_id: str) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        host = ray.remote(Host).options(num_cpus=0, scheduling_strategy=there)
+        checkpoint = dump(self._shared.contents(self._args, elapsed=0.0))
+        # Also a host that follows another on the same machine is to draw otherwise.
+        return host.remote(self._train, checkpoint, f"{self._args.seed}, {node_id}, {time.time()}")
+
+    def _ask(self, machine: _Machine) -> None:
+        weights = weights_of(self._shared.model).numpy()
+        now = self._shared.total_steps(), self._args.ray_interval
+        self._under_way[machine.host.learn.remote(weights, *now)] = machine
+
+    def _add(self, machine: _Machine, report: Report) -> None:
+        change, sums = torch.tensor(report.change), torch.tensor(report.sums)
+        if not (change.isfinite().all() and sums.isfinite().all()):
+            raise ValueError("what it has learnt is not finite")
+        add_to(self._shared.model, change)
+        self._shared.steps[-1] += int(sums[0])
+        self._shared.dropped[-1] += int(sums[1])
+        self._shared.figures[-1] += sums[2:]
+        for message in report.messages:
+            say(f"machine {machine.name}: {message}", self._out)
+        if not machine.has_joined and sums[0] > 0:
+            machine.has_joined = True
+            self._say_how_many(f"machine {machine.name} joins", machine)
+
+    def _lose(self, machine: _Machine, error: Exception) -> None:
+        import ray
+
+        ray.kill(machine.host)
+        self._not_before[machine.node_id] = time.monotonic() + LEFT_ALONE
+        what = "is gone" if machine.has_joined else "does not join"
+        self._say_how_many(f"machine {machine.name} {what}: {last_line(error)}")
+
+    def _say_how_many(self, what: str, *more: _Machine) -> None:
+        num = 1 + sum(m.has_joined for m in [*self._under_way.values(), *more])
+        say(f"{what}; machines that train now: {num}", self._out)
+
+
+def last_line(error: Exception) -> str:
+    """Return the cause: Ray's messages tell it last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def link(
+    train: Callable[..., None],
+    args: argparse.Namespace,
+    shared: SharedState,
+    run_folder: Path,
+    restarts: int,
+) -> None:
+    """Be the process that links the run with other machines, until the run ends.
+
+    A process of its own, as Ray ends the one that is connected when the cluster's head is gone.
+    What Ray prints goes to ray.log in the run folder.
+    """
+    shared.ready[-1] = True  # before it connects, which may take long: others wait to start up
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_run, args=(args, shared), daemon=True).start()
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    log = os.open(run_folder / "ray.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    os.environ |= ENVIRONMENT
+    said, said_at = None, 0.0
+    while not _is_over(args, shared):
+        try:
+            find_cluster(args.ray)
+            with _connected(args.ray):
+                Link(train, args, shared, out).exchange()
+        except Exception as error:
+            cause = last_line(error)
+            if cause != said or time.monotonic() - said_at > SAY_AGAIN:
+                said, said_at = cause, time.monotonic()
+                say(f"no other machines for now: {cause}", out)
+            time.sleep(LOOK_EVERY)
