@@ -29,7 +29,7 @@ import torch.multiprocessing as mp
 from harness import workers
 from harness.checkpoint import dump
 from harness.shared import SharedState
-from harness.utils import reason, say
+from harness.utils import reason, report_write_errors, say
 from model import ActorCritic
 
 DEFAULT_ADDRESS = "127.0.0.1:6379"  # where `ray start --head` listens
@@ -56,14 +56,13 @@ def cluster_address(text: str) -> str:
 def find_cluster(address: str) -> None:
     """Raise `ValueError` if Ray is not installed or if nothing listens at the address."""
     if importlib.util.find_spec("ray") is None:
-        raise ValueError(f"argument --ray: Ray is not installed: {INSTALL}")
+        raise ValueError(f"Ray is not installed: {INSTALL}")
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_WITHIN).close()
     except OSError as error:
-        start = "start one with: ray start --head"
-        what = f"argument --ray: no cluster at {address} ({reason(error)})"
-        raise ValueError(f"{what}; {start}") from None
+        what = f"no Ray cluster at {address} ({reason(error)})"
+        raise ValueError(f"{what}; start one with: ray start --head") from None
 
 
 # The weights as one vector, and sums.
@@ -227,7 +226,11 @@ class Link:
     """Keeps a host on each other machine of the cluster, and exchanges weights with all of them."""
 
     def __init__(
-        self, train: Callable[..., None], args: argparse.Namespace, shared: SharedState, out: TextIO
+        self,
+        train: Callable[..., None],
+        args: argparse.Namespace,
+        shared: SharedState,
+        out: TextIO | None,
     ) -> None:
         self._train, self._args, self._shared, self._out = train, args, shared, out
         self._under_way: dict[Any, _Machine] = {}  # by the call of `learn`, one a machine
@@ -303,17 +306,17 @@ class Link:
         ray.kill(machine.host)
         self._not_before[machine.node_id] = time.monotonic() + LEFT_ALONE
         what = "is gone" if machine.has_joined else "does not join"
-        self._say_how_many(f"machine {machine.name} {what}: {last_line(error)}")
+        self._say_how_many(f"machine {machine.name} {what}: {cause_of(error)}")
 
     def _say_how_many(self, what: str, *more: _Machine) -> None:
         num = 1 + sum(m.has_joined for m in [*self._under_way.values(), *more])
         say(f"{what}; machines that train now: {num}", self._out)
 
 
-def last_line(error: Exception) -> str:
-    """Return the cause: Ray's messages tell it last."""
+def cause_of(error: Exception) -> str:
+    """Return the cause: the first sentence of the last line of what Ray says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].partition(". ")[0] if lines else type(error).__name__
 
 
 def link(
@@ -331,10 +334,12 @@ def link(
     shared.ready[-1] = True  # before it connects, which may take long: others wait to start up
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_the_run, args=(args, shared), daemon=True).start()
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    log = os.open(run_folder / "ray.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(log, sys.stdout.fileno())
-    os.dup2(log, sys.stderr.fileno())
+    out = None if sys.stdout is None else os.fdopen(os.dup(1), "w")  # None: was closed
+    path, log = run_folder / "ray.log", os.open(os.devnull, os.O_WRONLY)
+    with report_write_errors(path):
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     os.environ |= ENVIRONMENT
     said, said_at = None, 0.0
     while not _is_over(args, shared):
@@ -343,7 +348,7 @@ def link(
             with _connected(args.ray):
                 Link(train, args, shared, out).exchange()
         except Exception as error:
-            cause = last_line(error)
+            cause = cause_of(error)
             if cause != said or time.monotonic() - said_at > SAY_AGAIN:
                 said, said_at = cause, time.monotonic()
                 say(f"no other machines for now: {cause}", out)

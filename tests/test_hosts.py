@@ -168,7 +168,7 @@ def test_ray_that_is_missing_and_a_cluster_that_is_not_there_are_told(monkeypatc
     with socket.socket() as listener:  # bound, but not listening
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(ValueError, match=rf"no cluster at {address} .*: ray start --head"):
+        with pytest.raises(ValueError, match=rf"no Ray cluster at {address} .*: ray start --head"):
             hosts.find_cluster(address)
     monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="Ray is not installed: pip install ray=="):

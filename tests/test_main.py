@@ -65,7 +65,7 @@ LINE = re.compile(
         ("--init=", "argument --init: must not be empty"),
         (f"--env-name Breakout-v0 --init {AGENT}", "plays Pong-v0 with 6 actions, but Breakout-v0"),
         ("--ray there", "argument --ray: must be HOST:PORT, as 127.0.0.1:6379, not 'there'"),
-        ("--ray 127.0.0.1:1", "argument --ray: no cluster at 127.0.0.1:1 (Connection refused); "),
+        ("--ray 127.0.0.1:1", "no Ray cluster at 127.0.0.1:1 (Connection refused); start one"),
         ("--ray-interval -1", "argument --ray-interval: must be a number from 0 to 3600"),
         ("--no-shared False", "unrecognized arguments: False"),
         ("--save-dir FILE", "cannot write the run"),
