@@ -235,6 +235,7 @@ class Link:
         self._train, self._args, self._shared, self._out = train, args, shared, out
         self._under_way: dict[Any, _Machine] = {}  # by the call of `learn`, one a machine
         self._not_before: dict[str, float] = {}  # by node, when it may get a host
+        self._said: dict[str, str] = {}  # by node, why it did not join
         self._last_look = -LOOK_EVERY
 
     def exchange(self) -> None:
@@ -305,8 +306,13 @@ class Link:
 
         ray.kill(machine.host)
         self._not_before[machine.node_id] = time.monotonic() + LEFT_ALONE
-        what = "is gone" if machine.has_joined else "does not join"
-        self._say_how_many(f"machine {machine.name} {what}: {cause_of(error)}")
+        cause = cause_of(error)
+        if machine.has_joined:
+            self._say_how_many(f"machine {machine.name} is gone: {cause}")
+        elif self._said.get(machine.node_id) != cause:  # else it is tried every half minute
+            self._said[machine.node_id] = cause
+            hint = "; there: pip install -r requirements.txt" if "No module" in cause else ""
+            say(f"machine {machine.name} does not join: {cause}{hint}", self._out)
 
     def _say_how_many(self, what: str, *more: _Machine) -> None:
         num = 1 + sum(m.has_joined for m in [*self._under_way.values(), *more])

@@ -314,7 +314,7 @@ class Supervisor:
         worker.traceback_file = self._run_folder / file
         self._ready[job.rank] = False
         args = job, restarts, worker.traceback_file
-        name = f"{job.name},{_CHILD_OF}{os.getpid()}"
+        name = f"{job.name},{CHILD_OF}{os.getpid()}"
         process = self._context.Process(target=_run_job, name=name, args=args)
         try:
             process.start()
@@ -358,7 +358,7 @@ class Supervisor:
 
 # A spawned process imports this module first, and what it imports next takes seconds. Its
 # `multiprocessing.parent_process()` is not set by then, but its name is, and tells the parent.
-_CHILD_OF = " child of "
+CHILD_OF = " child of "
 
 
 def _end_with_parent(parent: int) -> None:
@@ -372,5 +372,5 @@ def _end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-if _CHILD_OF in current_process().name:
-    _end_with_parent(int(current_process().name.rpartition(_CHILD_OF)[2]))
+if CHILD_OF in current_process().name:
+    _end_with_parent(int(current_process().name.rpartition(CHILD_OF)[2]))

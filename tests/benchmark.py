@@ -37,7 +37,7 @@ import test
 import train
 from envs import create_atari_env
 from harness.shared import SharedState
-from harness.workers import ENVIRONMENT, num_cores
+from harness.workers import CHILD_OF, ENVIRONMENT, num_cores
 from my_optim import SharedAdam
 from rollout import Rollout
 
@@ -122,12 +122,16 @@ class Cell:
         worker_args = [args, self.shared, self.folder, 0]
         if program == "timed":
             worker_args.append(self.times)
+        name = f"benchmark{CHILD_OF}{os.getpid()}"  # they end with this process, however it ends
         self.processes = [
-            mp.Process(target=worker, args=(rank, *worker_args)) for rank in range(num_processes)
+            mp.Process(target=worker, name=name, args=(rank, *worker_args))
+            for rank in range(num_processes)
         ]
         if program != "game":
             evaluator_args = (args, self.shared, time.monotonic(), self.folder, 0)
-            self.processes.append(mp.Process(target=silent_evaluator, args=evaluator_args))
+            self.processes.append(
+                mp.Process(target=silent_evaluator, name=name, args=evaluator_args)
+            )
 
     def start(self) -> None:
         for name in ENVIRONMENT:
