@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +142,29 @@ def test_what_a_machine_has_to_say_is_said_with_its_name(shared):
         "machine 10.0.0.2: training worker 3 died: signal 9, SIGKILL; it is started again\n"
         "machine 10.0.0.2 joins; machines that train now: 2\n"
     )
+
+
+def test_why_a_machine_does_not_join_is_said_once_and_that_it_is_gone_each_time(
+    shared, monkeypatch
+):
+    killed, out = [], io.StringIO()
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(kill=killed.append))
+    link = LinkOfHere(shared, out)
+    host = link.join("10.0.0.2")
+    machine = link.machines[0]
+    for _ in range(3):
+        link._lose(machine, RuntimeError("task failed\nImportError: No module named 'gym'\n"))
+    update(host._shared, random.Random(0))
+    link.exchange_with(machine)
+    link._lose(machine, RuntimeError("The node has died. Some common causes are: ..."))
+    assert out.getvalue() == (
+        "machine 10.0.0.2 does not join: ImportError: No module named 'gym'; "
+        "there: pip install -r requirements.txt\n"
+        "machine 10.0.0.2 joins; machines that train now: 2\n"
+        "machine 10.0.0.2 is gone: The node has died; machines that train now: 1\n"
+    )
+    assert killed == [host] * 4
+    assert link._not_before["10.0.0.2"] > time.monotonic() + hosts.LEFT_ALONE - 5
 
 
 def test_workers_that_die_too_often_end_a_host_and_not_the_run(shared, tmp_path, monkeypatch):
