@@ -121,7 +121,8 @@ class Host:
         num_actions = contents["model"]["actor_linear.bias"].shape[0]
         self._shared = SharedState(args, num_inputs, num_actions)
         self._shared.restore(contents)
-        self._shared.steps.zero_()  # but for the last, its own
+        self._shared.steps[:-1] = 0  # its own; the last slot has those of all others
+        self._shared.steps[-1] = contents["steps"]
         self._reported = weights_of(self._shared.model), own_sums(self._shared)
         self._messages: list[str] = []
         self._failure: str | None = None
@@ -165,14 +166,15 @@ class Host:
         """Add what the run's weights differ by from those last reported."""
         reported, sums = self._reported
         add_to(self._shared.model, torch.tensor(weights) - reported)
-        self._shared.steps[-1] = num_steps - int(sums[0])  # those of all others
+        self._shared.steps[-1] = num_steps - int(sums[0])
 
     def report(self, weights: np.ndarray) -> Report:
         """Return what has been learnt since the last report; the run had these weights since."""
         before = self._reported[1]
         self._reported = weights_of(self._shared.model), own_sums(self._shared)
         change = self._reported[0] - torch.tensor(weights)
-        messages, self._messages[:] = list(self._messages), []
+        messages = self._messages.copy()
+        del self._messages[: len(messages)]
         return Report(change.numpy(), (self._reported[1] - before).numpy(), messages)
 
 

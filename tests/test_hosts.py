@@ -115,6 +115,7 @@ def test_a_machine_starts_with_all_that_a_checkpoint_holds(shared):
     assert host._shared.statistics.tolist() == [0.5, 0.25, 1000.0]
     assert host.seed == "7, a"  # another than the run's, or all would play the same games
     assert own_sums(host._shared).sum() == 0
+    assert host._shared.total_steps() == shared.total_steps() == 20  # schedules go by it
 
 
 @pytest.mark.parametrize("what", ["change", "sums"])
