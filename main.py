@@ -252,7 +252,7 @@ def create_jobs(
     jobs.insert(1, workers.Job("test worker", n, evaluate, (args, shared, started, run_folder)))
     if args.ray:
         to_link = train, args, shared, run_folder
-        jobs.append(workers.Job("link", n + 1, hosts.link, to_link, is_vital=False))
+        jobs.insert(2, workers.Job("link", n + 1, hosts.link, to_link, is_vital=False))
     return jobs
 
 
