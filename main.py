@@ -6,6 +6,7 @@ python main.py --env-name Pong-v0 --num-processes 16
 from harness import workers  # first: harness/__init__.py exits where the rest cannot run
 
 if __name__ == "__main__":
+    workers.open_standard_files()
     workers.end_at_once_on_signals()  # nothing has started, and what follows takes seconds
 
 import argparse
@@ -40,7 +41,7 @@ def add_run_options(add: Callable[..., Any]) -> None:
     """Add the options that say what is run, how long, and what is written."""
     count, path, switch = number(int, 1), utils.nonempty_path, argparse.BooleanOptionalAction
     add("--env-name", default="Pong-v0", help="Atari game; test.py --games lists them")
-    add("--num-processes", type=number(int, 1, 1024), default=4, help="training workers")
+    add("--num-processes", type=number(int, 1, 1024), default=4, help="training workers, a machine")
     add("--max-steps", type=count, help="training steps of all workers; None: run on")
     add("--max-time", type=number(float, 0, 1e6), help="hours of this session; None: run on")
     add("--target-reward", type=number(float), help="mean of 100 test episodes to stop at")
@@ -284,7 +285,7 @@ def run(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> int:
                     shared.save(run_folder, args, shared.elapsed + now - started)
                 if not all_up and shared.stop == workers.GO_ON and supervisor.all_ready():
                     all_up = True
-                    up = f"All {len(jobs)} are up after {now - started:.0f} s."
+                    up = f"All {args.num_processes + 1} are up after {now - started:.0f} s."
                     say(f"{up} A line follows for each test episode.")
                 if now - last_report > 60 and shared.dropped.sum() > dropped:
                     last_report, dropped = now, int(shared.dropped.sum())

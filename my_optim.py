@@ -10,9 +10,8 @@ class SharedAdam(torch.optim.Adam):
     """`torch.optim.Adam` with moments and step counts made at once, in shared memory.
 
     Workers step it without a lock (Hogwild, Recht et al. 2011), so now and then an increment of
-    the step count is
-    lost: a few in 100,000, which moves nothing but Adam's bias correction, by less than can be
-    measured.
+    the step count is lost: a few in 100,000, which moves nothing but Adam's bias correction, by
+    less than can be measured.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float = 1e-4) -> None:
@@ -30,6 +29,10 @@ class SharedAdam(torch.optim.Adam):
                 "exp_avg": next(block).as_strided(p.shape, p.stride()),
                 "exp_avg_sq": next(block).as_strided(p.shape, p.stride()),
             }
+
+    def num_updates(self) -> int:
+        """Return how many updates the moments have seen."""
+        return int(next(iter(self.state.values()))["step"])
 
     @torch.no_grad()
     def step(self) -> None:

@@ -13,6 +13,7 @@ from harness.checkpoint import valid_statistics
 from harness.shared import SharedState
 from harness.workers import GO_ON, CoreTurn
 from model import ActorCritic
+from my_optim import SharedAdam
 from rollout import Rollout
 
 WARM_UP = 2000  # updates, 2 / (1 - beta_2) of Adam (Ma and Yarats 2021, section 5)
@@ -70,7 +71,9 @@ def a3c_losses(
     return policy_loss, value_loss, entropy
 
 
-def learning_rate_and_beta(args: Namespace, shared: SharedState) -> tuple[float, float]:
+def learning_rate_and_beta(
+    args: Namespace, shared: SharedState, optimizer: SharedAdam
+) -> tuple[float, float]:
     """Return the present learning rate and weight of the entropy; "linear" ends at zero.
 
     An agent that a run starts from is not to jump while Adam's moments are those of a few updates:
@@ -79,8 +82,7 @@ def learning_rate_and_beta(args: Namespace, shared: SharedState) -> tuple[float,
     left = shared.fraction_left(args.max_steps)
     lr = args.lr * (left if args.lr_schedule == "linear" else 1.0)
     if args.init is not None:
-        updates = shared.total_steps() / args.num_steps / len(shared.optimizers)
-        lr *= min(1.0, updates / WARM_UP)
+        lr *= min(1.0, optimizer.num_updates() / WARM_UP)
     beta = args.entropy_coef * (left if args.entropy_schedule == "linear" else 1.0)
     return lr, beta
 
@@ -139,7 +141,7 @@ def train(rank: int, args: Namespace, shared: SharedState, run_folder: Path, res
             bootstrap = 0.0 if terminated else values[-1].item()
 
             # Compute the local gradients.
-            lr, beta = learning_rate_and_beta(args, shared)
+            lr, beta = learning_rate_and_beta(args, shared, optimizer)
             policy_loss, value_loss, entropy = a3c_losses(
                 values[:-1], logits[:-1], rollout.actions, rollout.rewards, bootstrap, args
             )

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import shutil
 import socket
 import sys
@@ -36,19 +37,21 @@ DEFAULT_ADDRESS = "127.0.0.1:6379"  # where `ray start --head` listens
 INSTALL = "pip install ray==2.60.0"  # all machines of a cluster need the same
 CONNECT_WITHIN = 3.0  # seconds; Ray itself would try for minutes
 LOOK_EVERY = 5.0  # seconds, for machines that have joined
-SAY_AGAIN = 300.0  # seconds, what is wrong still
-END_WITHIN = 2.0  # seconds, this process after the run
+SAY_AGAIN = 300.0  # seconds until a trouble that lasts is said again
+END_WITHIN = 2.0  # seconds after the run's end until the link has ended; less than workers.GRACE
 LEFT_ALONE = 30.0  # seconds that a machine gets no host after one has failed there
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to Ray's makers
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning about GPUs
+# Where Ray's own message does not say what to do.
+CAUSES = {
+    "ersion mismatch": "Ray or Python is another version here than on the cluster's head",
+    "No node info": "this machine is not in the cluster: ray start --address=HOST:PORT",
 }
 
 
 def cluster_address(text: str) -> str:
     """Return an argparse argument that is HOST:PORT."""
     host, _, port = text.rpartition(":")
-    if not host.strip() or not port.isdecimal() or not 0 < int(port) < 2**16:
+    is_host = bool(host.strip()) and (":" not in host or re.fullmatch(r"\[.+\]", host))
+    if not is_host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise argparse.ArgumentTypeError(f"must be HOST:PORT, as {DEFAULT_ADDRESS}, not '{text}'")
     return text
 
@@ -104,6 +107,11 @@ class Report(NamedTuple):
 class Host:
     """Another machine's part in a run; an actor of Ray.
 
+    With G the run's weights, w this machine's, and c what w was at its last report:
+
+        take(G):   w += G - c           what the workers have done since the report stays in w
+        report:    c = w, answer c - G  the head adds the answer to the run's weights
+
     Args:
         train: what a training worker does, `train.train`.
         checkpoint: the contents of a checkpoint.pt, made now, to start from as a resumed run does.
@@ -123,14 +131,14 @@ class Host:
         self._shared.restore(contents)
         self._shared.steps[:-1] = 0  # its own; the last slot has those of all others
         self._shared.steps[-1] = contents["steps"]
-        self._reported = weights_of(self._shared.model), own_sums(self._shared)
+        self._at_report = weights_of(self._shared.model), own_sums(self._shared)
         self._messages: list[str] = []
         self._failure: str | None = None
         self._ended = threading.Event()
         self._start(train, args)
 
     def _start(self, train: Callable[..., None], args: argparse.Namespace) -> None:
-        folder = Path.cwd()  # Ray's own for this actor; Ray removes it
+        folder = Path(tempfile.mkdtemp(dir=Path.cwd()))  # in Ray's own, which it removes
         jobs = [
             workers.Job(f"training worker {rank}", rank, train, (rank, args, self._shared, folder))
             for rank in range(args.num_processes)
@@ -151,11 +159,7 @@ class Host:
             self._ended.set()
 
     def learn(self, weights: np.ndarray, num_steps: int, seconds: float) -> Report:
-        """Take the run's weights and steps, learn on for `seconds`, report what was learnt.
-
-        Each update is reported once: what the workers do between a report and the next weights
-        stays in the host's weights, and is in the next report.
-        """
+        """Take the run's weights and steps, learn on for `seconds`, report what was learnt."""
         self.take(weights, num_steps)
         self._ended.wait(seconds)
         if self._failure:
@@ -163,19 +167,19 @@ class Host:
         return self.report(weights)
 
     def take(self, weights: np.ndarray, num_steps: int) -> None:
-        """Add what the run's weights differ by from those last reported."""
-        reported, sums = self._reported
-        add_to(self._shared.model, torch.tensor(weights) - reported)
-        self._shared.steps[-1] = num_steps - int(sums[0])
+        """Bring the weights up to the run's; what was learnt since the last report stays in."""
+        weights_then, sums_then = self._at_report
+        add_to(self._shared.model, torch.tensor(weights) - weights_then)
+        self._shared.steps[-1] = num_steps - int(sums_then[0])
 
     def report(self, weights: np.ndarray) -> Report:
-        """Return what has been learnt since the last report; the run had these weights since."""
-        before = self._reported[1]
-        self._reported = weights_of(self._shared.model), own_sums(self._shared)
-        change = self._reported[0] - torch.tensor(weights)
+        """Return by how much this machine is ahead of `weights`, those that it took last."""
+        sums_before = self._at_report[1]
+        self._at_report = weights_of(self._shared.model), own_sums(self._shared)
+        change = self._at_report[0] - torch.tensor(weights)
         messages = self._messages.copy()
         del self._messages[: len(messages)]
-        return Report(change.numpy(), (self._reported[1] - before).numpy(), messages)
+        return Report(change.numpy(), (self._at_report[1] - sums_before).numpy(), messages)
 
 
 # The head's side.
@@ -198,7 +202,7 @@ def _end_with_the_run(args: argparse.Namespace, shared: SharedState) -> None:
 
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[None]:
-    """Be connected to the cluster, whose other machines get a copy of this program's files."""
+    """Be connected to the cluster, whose other machines get the program's files from here."""
     import ray
 
     root = Path(__file__).parents[1]
@@ -207,11 +211,11 @@ def _connected(address: str) -> Iterator[None]:
             target = Path(copy, path.relative_to(root))
             target.parent.mkdir(exist_ok=True)
             shutil.copy(path, target)
-        try:
-            ray.init(address, runtime_env={"working_dir": copy}, log_to_driver=False)
-            yield
-        finally:
-            ray.shutdown()
+        ray.init(address, runtime_env={"working_dir": copy}, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @dataclass
@@ -239,9 +243,10 @@ class Link:
         self._not_before: dict[str, float] = {}  # by node, when it may get a host
         self._said: dict[str, str] = {}  # by node, why it did not join
         self._last_look = -LOOK_EVERY
+        self.has_joined = False  # some machine
 
     def exchange(self) -> None:
-        """Do so until the run ends; raises what Ray raises."""
+        """Exchange weights with all hosts until the run ends; raises what Ray raises."""
         import ray
 
         while not _is_over(self._args, self._shared):
@@ -286,21 +291,22 @@ class Link:
 
     def _ask(self, machine: _Machine) -> None:
         weights = weights_of(self._shared.model).numpy()
-        now = self._shared.total_steps(), self._args.ray_interval
-        self._under_way[machine.host.learn.remote(weights, *now)] = machine
+        num_steps, seconds = self._shared.total_steps(), self._args.ray_interval
+        self._under_way[machine.host.learn.remote(weights, num_steps, seconds)] = machine
 
     def _add(self, machine: _Machine, report: Report) -> None:
         change, sums = torch.tensor(report.change), torch.tensor(report.sums)
         if not (change.isfinite().all() and sums.isfinite().all()):
             raise ValueError("what it has learnt is not finite")
         add_to(self._shared.model, change)
-        self._shared.steps[-1] += int(sums[0])
-        self._shared.dropped[-1] += int(sums[1])
+        num_steps, num_dropped = sums[:2].long()
+        self._shared.steps[-1] += num_steps
+        self._shared.dropped[-1] += num_dropped
         self._shared.figures[-1] += sums[2:]
         for message in report.messages:
             say(f"machine {machine.name}: {message}", self._out)
-        if not machine.has_joined and sums[0] > 0:
-            machine.has_joined = True
+        if not machine.has_joined and num_steps > 0:
+            machine.has_joined = self.has_joined = True
             self._say_how_many(f"machine {machine.name} joins", machine)
 
     def _lose(self, machine: _Machine, error: Exception) -> None:
@@ -313,8 +319,7 @@ class Link:
             self._say_how_many(f"machine {machine.name} is gone: {cause}")
         elif self._said.get(machine.node_id) != cause:  # else it is tried every half minute
             self._said[machine.node_id] = cause
-            hint = "; there: pip install -r requirements.txt" if "No module" in cause else ""
-            say(f"machine {machine.name} does not join: {cause}{hint}", self._out)
+            say(f"machine {machine.name} does not join: {cause}", self._out)
 
     def _say_how_many(self, what: str, *more: _Machine) -> None:
         num = 1 + sum(m.has_joined for m in [*self._under_way.values(), *more])
@@ -322,9 +327,14 @@ class Link:
 
 
 def cause_of(error: Exception) -> str:
-    """Return the cause: the first sentence of the last line of what Ray says."""
+    """Return what to do, or the cause: the first sentence of the last line of what Ray says."""
+    for sign, cause in CAUSES.items():
+        if sign in str(error):
+            return cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].partition(". ")[0] if lines else type(error).__name__
+    cause = lines[-1].partition(". ")[0] if lines else type(error).__name__
+    hint = "; there: pip install -r requirements.txt" if "No module named" in cause else ""
+    return cause + hint
 
 
 def link(
@@ -348,15 +358,16 @@ def link(
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ |= ENVIRONMENT
     said, said_at = None, 0.0
     while not _is_over(args, shared):
+        attempt = Link(train, args, shared, out)
         try:
             find_cluster(args.ray)
             with _connected(args.ray):
-                Link(train, args, shared, out).exchange()
+                attempt.exchange()
         except Exception as error:
             cause = cause_of(error)
+            said = None if attempt.has_joined else said
             if cause != said or time.monotonic() - said_at > SAY_AGAIN:
                 said, said_at = cause, time.monotonic()
                 say(f"no other machines for now: {cause}", out)

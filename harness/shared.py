@@ -39,7 +39,8 @@ class SharedState:
         model: the shared weights.
         optimizers: the shared Adam; with --no-shared, one for each training worker.
         steps: (num_processes + 1,) int64, training steps. A slot a worker, so there is no lock, and
-            one for all other machines (harness/hosts.py); the paper's T is their sum.
+            one for all other machines (harness/hosts.py; on one of those, all but itself); the
+            paper's T is their sum.
         dropped: (num_processes + 1,) int64, rollouts whose loss or gradient was not finite.
         figures: (num_processes + 1, len(FIGURES)) float64, sums over each worker's updates and
             episodes.

@@ -52,6 +52,19 @@ LOCK_FILE = ".locks"  # in the run folder: byte 0 is the whole run's, two more a
 # Signals.
 
 
+def open_standard_files() -> None:
+    """Open the null device where standard input, output or error was closed before Python started.
+
+    Otherwise its number is that of the next file, such as shared memory, in which what is printed
+    by a child process would end up.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, this one
+
+
 def end_at_once_on_signals() -> None:
     """Let Ctrl-C, SIGTERM and SIGHUP end this process without a word: nothing has started yet."""
 
@@ -198,7 +211,7 @@ class Job(NamedTuple):
     rank: int
     target: Callable[..., None]
     args: tuple
-    is_vital: bool = True  # its deaths may end the run
+    is_vital: bool = True  # if not, it is started again for ever, and nobody waits for its end
 
 
 @dataclass
@@ -280,8 +293,8 @@ class Supervisor:
         return [worker for worker in self._workers if worker.process]
 
     def watch(self) -> Iterator[None]:
-        """Yield ten times a second until all jobs are done; raise `DiedTooOftenError`."""
-        while self._workers:
+        """Yield ten times a second until all vital jobs are done; raise `DiedTooOftenError`."""
+        while any(worker.job.is_vital for worker in self._workers):
             self._start_what_is_due()
             sentinels = {worker.process.sentinel: worker for worker in self._running()}
             for sentinel in wait(list(sentinels), timeout=0.1):
@@ -320,7 +333,7 @@ class Supervisor:
             process.start()
         except (OSError, RuntimeError) as error:  # too many processes or open files, no memory
             what = f"could not be started: {reason(error)}"
-            if is_first_start:  # too many workers for this machine: waiting would not help
+            if is_first_start and job.is_vital:  # waiting would not help: too many for this machine
                 raise DiedTooOftenError(f"{job.name} {what}") from None
             worker.not_before = time.monotonic() + START_AGAIN_AFTER
             self._count_death(worker, what)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import gone, options
 
-from harness import hosts
+from harness import hosts, workers
 from harness.checkpoint import dump
 from harness.hosts import Host, Link, Report, add_to, own_sums, weights_of
 from harness.shared import SharedState
@@ -22,6 +22,14 @@ from harness.shared import SharedState
 ray_is_here = pytest.mark.skipif(
     hosts.importlib.util.find_spec("ray") is None, reason="needs pip install ray"
 )
+
+
+@pytest.fixture(autouse=True)
+def undone(monkeypatch):
+    """A host changes the environment, and what spawned processes import; here, not for good."""
+    for name, value in workers.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
 
 class IdleHost(Host):
@@ -170,7 +178,6 @@ def test_why_a_machine_does_not_join_is_said_once_and_that_it_is_gone_each_time(
 
 def test_workers_that_die_too_often_end_a_host_and_not_the_run(shared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     checkpoint = dump(shared.contents(options(), elapsed=0.0))
     weights = weights_of(shared.model).numpy()
     host = Host(fail_at_once, checkpoint, "1")
@@ -182,7 +189,9 @@ def fail_at_once(*_):
     raise ValueError("a bug")
 
 
-@pytest.mark.parametrize("text", ["", "there", ":6379", "there:", "there:0", "there:65536", "a:b"])
+@pytest.mark.parametrize(
+    "text", ["", "there", ":6379", "there:", "there:0", "there:65536", "a:b", "::1:80"]
+)
 def test_an_address_is_host_and_port(text):
     with pytest.raises(
         argparse.ArgumentTypeError, match=r"must be HOST:PORT, as 127\.0\.0\.1:6379"
@@ -202,9 +211,13 @@ def test_ray_that_is_missing_and_a_cluster_that_is_not_there_are_told(monkeypatc
 
 
 @pytest.fixture
-def cluster():
-    """A cluster of Ray with only a head, on this machine; it can `add_node` and `remove_node`."""
+def cluster(monkeypatch):
+    """A cluster of Ray with only a head, on this machine; it can `join` and `remove_node`."""
     from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv(
+        "RAY_worker_niceness", "0"
+    )  # of Ray's processes; 15 starves where it is full
 
     lean = {"num_cpus": 0, "object_store_memory": 100_000_000, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=lean)
@@ -213,11 +226,32 @@ def cluster():
     cluster.shutdown()
 
 
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("", "RuntimeError"),
+        ("task failed\n  in learn\nValueError: a bug. And more.\n\n", "ValueError: a bug"),
+        ("Version mismatch: Ray: 2.60.0\n Python: 3.12.1", "Ray or Python is another version"),
+        ("No node info found matching", "this machine is not in the cluster: ray start --address="),
+        ("\nModuleNotFoundError: No module named 'gym'", "'gym'; there: pip install -r requirem"),
+    ],
+)
+def test_a_cause_is_one_line_that_says_what_to_do(said, cause):
+    line = hosts.cause_of(RuntimeError(said))
+    assert cause in line
+    assert "\n" not in line
+
+
 def workers_of_hosts():
-    """Return the process ids of hosts on this machine and of their training workers."""
+    """Return the process ids of the hosts that this test has made and of their workers."""
     table = subprocess.run(["ps", "-Aww", "-o", "pid=,ppid=,args="], capture_output=True, text=True)
     rows = [row.split(maxsplit=2) for row in table.stdout.splitlines()]
-    found = {pid for pid, _, command in rows if command.startswith("ray::Host")}
+    parent_of = {pid: parent for pid, parent, _ in rows}
+
+    def is_ours(pid):
+        return pid == str(os.getpid()) or (pid in parent_of and is_ours(parent_of[pid]))
+
+    found = {pid for pid, _, command in rows if command.startswith("ray::Host") and is_ours(pid)}
     return [int(pid) for pid, parent, _ in rows if pid in found or parent in found]
 
 

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "harness.video": {"harness.utils"},
     "harness.checkpoint": {"harness.utils", "model", "envs"},
     "harness.shared": {"harness.utils", "harness.checkpoint", "model", "my_optim"},
-    "train": {"rollout", "model", "envs", *HARNESS},
+    "train": {"rollout", "model", "envs", "my_optim", *HARNESS},
     "test": {"model", "envs", "harness.episodes", "harness.video", *HARNESS},
     "harness.hosts": {"model", *HARNESS},
     "main": {"train", "test", "envs", "harness.episodes", "harness.hosts", *HARNESS},

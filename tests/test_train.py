@@ -263,18 +263,13 @@ def test_the_learning_rate_follows_its_schedule(schedule, expected, tmp_path):
     assert shared.optimizers[0].rates == pytest.approx([0.01 * factor for factor in expected])
 
 
-@pytest.mark.parametrize(("num_adams", "rising"), [(1, [0.0, 0.25, 0.5, 0.75]), (2, [0.0, 0.125])])
-def test_an_agent_to_start_from_is_not_moved_by_full_steps_at_once(
-    num_adams, rising, monkeypatch, tmp_path
-):
+def test_an_agent_to_start_from_is_not_moved_by_full_steps_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "WARM_UP", 4)
     args = options(max_steps=200, lr=0.01, init="runs/before")
-    shared = create_shared(args)
-    shared.optimizers *= num_adams  # each of them makes its own part of the updates
-    rates = train_here(args, tmp_path, shared).optimizers[0].rates
-    assert rates[: len(rising)] == pytest.approx([0.01 * factor for factor in rising])
-    assert rates[-1] == 0.01
-    assert rates == sorted(rates)
+    rates = train_here(args, tmp_path).optimizers[0].rates
+    rising = [0.0, 0.25, 0.5, 0.75]
+    assert rates == pytest.approx([0.01 * f for f in rising + [1.0] * (len(rates) - 4)])
+    assert len(rates) > 5
 
 
 def test_what_the_workers_learn_by_is_added_up(losses_of, tmp_path):

@@ -326,12 +326,44 @@ def test_deaths_that_lie_far_apart_do_not_end_the_run(tmp_path, capsys, monkeypa
     assert capsys.readouterr().err == 5 * report
 
 
-def test_a_job_that_is_not_vital_is_started_again_for_ever(tmp_path, capsys, monkeypatch):
+def wait_until_told(folder, rank, restarts):
+    while not (folder / "end").exists():
+        time.sleep(0.05)
+    os._exit(0)
+
+
+def test_a_job_that_is_not_vital_is_started_again_for_ever_and_nobody_waits_for_it(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(workers, "START_AGAIN_AFTER", 0.2)
-    start = time.monotonic()
-    Supervised(tmp_path, exit_until_restarted_five_times, is_vital=False).watch()
-    assert capsys.readouterr().err.count("worker 0 died: exit status 7; it is started again") == 5
-    assert time.monotonic() - start > 5 * 0.2
+    run = Supervised(tmp_path, wait_until_told)
+    job = workers.Job("worker 1", 0, die_at_once, (tmp_path, 1), is_vital=False)
+    run.supervisor._workers.append(workers._Worker(job))
+
+    def look():
+        run.ready[0] = True
+        if run.restarts == 6:
+            (tmp_path / "end").touch()
+
+    run.watch(look)
+    report = "worker 1 died: signal 9, SIGKILL; it is started again\n"
+    assert capsys.readouterr().err.count(report) >= 6
+    assert not run.supervisor._running()
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_the_numbers_of_closed_standard_files_are_no_other_file_s(closed, tmp_path):
+    source = f"""
+import os
+from harness.workers import open_standard_files
+
+for number in {closed}:
+    os.close(number)
+open_standard_files()
+first = os.open({str(tmp_path / "first")!r}, os.O_CREAT)
+os._exit(7 if first > 2 and all(os.fstat(n) for n in range(3)) else 1)
+"""
+    assert python(source).returncode == 7
 
 
 def leave_a_mark(folder, rank, restarts):
