@@ -217,7 +217,7 @@ def cluster(monkeypatch):
 
     monkeypatch.setenv(
         "RAY_worker_niceness", "0"
-    )  # of Ray's processes; 15 starves where it is full
+    )  # 15 starves on a full machine
 
     lean = {"num_cpus": 0, "object_store_memory": 100_000_000, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=lean)
