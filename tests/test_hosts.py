@@ -215,9 +215,7 @@ def cluster(monkeypatch):
     """A cluster of Ray with only a head, on this machine; it can `join` and `remove_node`."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv(
-        "RAY_worker_niceness", "0"
-    )  # 15 starves on a full machine
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 starves on a full machine
 
     lean = {"num_cpus": 0, "object_store_memory": 100_000_000, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=lean)
