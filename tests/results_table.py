@@ -3,7 +3,7 @@
 A row for each run, and mean and standard deviation of runs that differ in nothing but the seed: how
 far it came, and when the mean of the last 20 test episodes first reached each of `--levels`. Then
 the mean reward and the mean length of the test episodes that ended in each stretch of training
-steps.
+steps, `--every` so many million.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def summary(episodes, levels):
     )
 
 
-def print_tables(runs, levels):
+def print_tables(runs, levels, every):
     names = [run.name for run in runs]
     settings = {read_setting(run) for run in runs}
     tables = [read_episodes(run) for run in runs]
@@ -68,14 +68,14 @@ def print_tables(runs, levels):
         print(row("mean ± std", *cells))
 
     end = max(episodes["num_steps"][-1] for episodes in tables) / 1e6
-    width = 1 + int(end // 12)  # of a column, so that there are at most 12
-    starts = range(0, int(end) + 1, width)
+    width = every or 1 + int(end // 12)  # of a column, so that there are at most 12
+    starts = np.arange(0, end + 1e-9, width)
     for title, field, digits in (
         ("score after M steps", "reward", 1),
         ("length in steps", "length", 0),
     ):
         print()
-        print(row(title, *(f"{start}-{start + width}" for start in starts)))
+        print(row(title, *(f"{start:g}-{start + width:g}" for start in starts)))
         print(row(*["---"] * (len(starts) + 1)))
         for name, episodes in zip(names, tables, strict=True):
             column = (episodes["num_steps"] / 1e6 // width).astype(int)
@@ -89,5 +89,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--levels", type=float, nargs="*", default=[18.0, 20.0])
+    parser.add_argument("--every", type=float, help="million training steps, a column's width")
     args = parser.parse_args()
-    print_tables(args.runs, args.levels)
+    print_tables(args.runs, args.levels, args.every)
