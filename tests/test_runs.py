@@ -115,7 +115,7 @@ def test_a_signal_while_libraries_load_ends_the_program_at_once(start_main, tmp_
 def test_workers_that_do_not_stop_are_killed_and_a_second_signal_changes_nothing(start_main):
     number, second = signal.SIGTERM, signal.SIGINT
     run = start_main(*PLAIN)
-    run.wait_for(run.lines)
+    run.wait_for(lambda: run.lines() and run.lines()[-1][0] > 0)  # a training worker has begun
     stuck = run.children()[0]
     freeze(stuck)
     os.kill(run.process.pid, number)
