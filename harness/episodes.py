@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tempfile
+import textwrap
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -290,7 +291,7 @@ def draw_comparison(runs: list[Path], path: Path) -> None:
             if len(seeds) == 1:
                 label, (steps, mean) = seeds[0][0], curves[0]
             else:
-                label = "mean of" + ",".join(label for label, _ in seeds)
+                label = textwrap.fill("mean of" + ",".join(label for label, _ in seeds), 60)
                 start, end = max(s[0] for s, _ in curves), min(s[-1] for s, _ in curves)
                 steps = np.linspace(start, end, 500)
                 means = np.array([np.interp(steps, s, m) for s, m in curves])
