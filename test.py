@@ -8,6 +8,7 @@ The unit tests are not here but in tests/.
 from harness import workers  # first: harness/__init__.py exits where the rest cannot run
 
 if __name__ == "__main__":
+    workers.open_standard_files()
     workers.end_at_once_on_signals()  # Ctrl-C is no traceback, also while libraries load
 
 import argparse
@@ -58,6 +59,7 @@ def play_episode(
 ) -> tuple[float, int] | None:
     """Play one episode, sampling from the policy or, if `greedy`, taking the likeliest action.
 
+    `env` is one of `create_atari_env`, which counts the episode's steps and may cut it.
     Returns the reward, unclipped, and the length in steps; None if the run was `stopped` meanwhile.
     """
     observation, _ = env.reset(seed=rng.randrange(2**31))
@@ -122,7 +124,11 @@ def progress(
 def training_row(
     row: Episode, log: EpisodeLog, num_trained: int, figures: dict[str, float]
 ) -> Episode:
-    """Return training.csv's row beside that of a test episode."""
+    """Return training.csv's row for the time since the last test episode; `row` is this one's.
+
+    `log` is training.csv, `num_trained` the number of training episodes in that time, `figures`
+    their means, see `SharedState.mean_figures`.
+    """
     reward, length = figures["training_reward"], figures["training_length"]
     last = log.next_episode + num_trained - 1
     return row._replace(episode=last, reward=round(reward, 2), length=round(length))
@@ -180,7 +186,7 @@ def evaluate(
             scalars.add(num_steps, **figures)
         if log.has_reached(args.target_reward):
             shared.request_stop(FINISH)
-        finished = shared.stop >= FINISH or shared.has_made(args.max_steps)
+        finished = shared.is_over(args.max_steps)
         left = progress(args, now - started, num_steps, fps_now)
         say(console_line(row, log.mean_reward()[1], left, fps_now))
         if now - last_drawn > DRAW_EVERY:

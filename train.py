@@ -11,12 +11,12 @@ from torch import Tensor
 from envs import create_atari_env
 from harness.checkpoint import valid_statistics
 from harness.shared import SharedState
-from harness.workers import GO_ON, CoreTurn
+from harness.workers import CoreTurn
 from model import ActorCritic
 from my_optim import SharedAdam
 from rollout import Rollout
 
-WARM_UP = 2000  # updates, 2 / (1 - beta_2) of Adam (Ma and Yarats 2021, section 5)
+WARM_UP = 2000  # updates: 2 / (1 - beta_2), with Adam's beta_2 of 0.999 (Ma and Yarats 2021)
 
 
 def returns_and_advantages(
@@ -120,7 +120,7 @@ def train(rank: int, args: Namespace, shared: SharedState, run_folder: Path, res
     observation, _ = env.reset(seed=rng.randrange(2**31))
     state = model.initial_state()
     shared.ready[rank] = True
-    while shared.stop == GO_ON and not shared.has_made(args.max_steps):
+    while not shared.is_over(args.max_steps):
         with turn:
             # 1. Copy the shared weights.
             copy_weights(shared.model, model)

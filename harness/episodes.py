@@ -13,7 +13,7 @@ import numpy as np
 
 from harness.utils import read_text, report_write_errors, write
 
-TRAINING = "training.csv"
+TRAINING = "training.csv"  # the other table of a run; see `Episode`
 WINDOW = 100  # test episodes that the mean reward is taken over
 RECENT = 20  # the mean over WINDOW lags by half an hour when sixteen workers train on two cores
 MOST_POINTS = 2000  # of a curve: a run of weeks is drawn as fast as one of an hour
@@ -70,14 +70,14 @@ def parse_episode(row: str) -> Episode:
 
 
 class EpisodeLog:
-    """A run's episodes.csv: a row is appended for each test episode, and all are kept in memory.
+    """A run's table of episodes: rows are appended one by one, and all are kept in memory.
 
     Args:
         run_folder: where it lies.
-        name: episodes.csv or training.csv.
         num_steps: the run's training steps so far. Rows of later ones are from after the checkpoint
             that the run goes on from. They move to a .bak beside it, as does what is no row: a
             crash may have cut the last one short.
+        name: the file's, episodes.csv or TRAINING.
 
     Raises `OSError` or `ValueError` if the file cannot be read.
     """
@@ -201,6 +201,8 @@ def read_setting(run: Path) -> str:
     names = list(LEARNS_BY)
     if "linear" in (options.get("lr_schedule"), options.get("entropy_schedule")):
         names.append("max_steps")  # where it ends at zero
+    if options.get("ray"):  # other machines train, too; without, these say nothing
+        names += ["ray", "ray_interval"]
     options = {"entropy_schedule": "constant", **options}  # older runs do not name it
     return json.dumps({name: options.get(name) for name in names})
 

@@ -185,16 +185,12 @@ class Host:
 # The head's side.
 
 
-def _is_over(args: argparse.Namespace, shared: SharedState) -> bool:
-    return bool(shared.stop != workers.GO_ON) or shared.has_made(args.max_steps)
-
-
 def _end_with_the_run(args: argparse.Namespace, shared: SharedState) -> None:
     """End this process soon after the run, also while a call of Ray waits for what is gone.
 
     Ray ends the hosts with it.
     """
-    while not _is_over(args, shared):
+    while not shared.is_over(args.max_steps):
         time.sleep(0.1)
     time.sleep(END_WITHIN)
     os._exit(0)
@@ -205,17 +201,21 @@ def _connected(address: str) -> Iterator[None]:
     """Be connected to the cluster, whose other machines get the program's files from here."""
     import ray
 
-    root = Path(__file__).parents[1]
-    with tempfile.TemporaryDirectory() as copy:
-        for path in [*root.glob("*.py"), *root.glob("harness/*.py")]:
-            target = Path(copy, path.relative_to(root))
-            target.parent.mkdir(exist_ok=True)
-            shutil.copy(path, target)
-        ray.init(address, runtime_env={"working_dir": copy}, log_to_driver=False)
     try:
+        with tempfile.TemporaryDirectory() as copy:
+            _copy_program(Path(copy))
+            ray.init(address, runtime_env={"working_dir": copy}, log_to_driver=False)
         yield
     finally:
-        ray.shutdown()
+        ray.shutdown()  # also after half a connection, or the next one would be refused
+
+
+def _copy_program(folder: Path) -> None:
+    root = Path(__file__).parents[1]
+    for path in [*root.glob("*.py"), *root.glob("harness/*.py")]:
+        target = folder / path.relative_to(root)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
 
 
 @dataclass
@@ -249,7 +249,7 @@ class Link:
         """Exchange weights with all hosts until the run ends; raises what Ray raises."""
         import ray
 
-        while not _is_over(self._args, self._shared):
+        while not self._shared.is_over(self._args.max_steps):
             if time.monotonic() - self._last_look > LOOK_EVERY:
                 self._last_look = time.monotonic()
                 self._look_for_machines()
@@ -359,7 +359,7 @@ def link(
     os.dup2(log, 1)
     os.dup2(log, 2)
     said, said_at = None, 0.0
-    while not _is_over(args, shared):
+    while not shared.is_over(args.max_steps):
         attempt = Link(train, args, shared, out)
         try:
             find_cluster(args.ray)

@@ -17,6 +17,7 @@ from harness.checkpoint import (
     valid_statistics,
 )
 from harness.utils import reason, report_write_errors, write
+from harness.workers import GO_ON
 from model import ActorCritic
 from my_optim import SharedAdam
 
@@ -88,6 +89,10 @@ class SharedState:
     def has_made(self, max_steps: int | None) -> bool:
         """Return whether the run has made all its steps."""
         return max_steps is not None and self.total_steps() >= max_steps
+
+    def is_over(self, max_steps: int | None) -> bool:
+        """Return whether nobody is to begin anything new: a stop is wanted, or all steps made."""
+        return bool(self.stop != GO_ON) or self.has_made(max_steps)
 
     def fraction_left(self, max_steps: int | None) -> float:
         """Return how much of the run is left, 1 for one without an end."""
