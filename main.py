@@ -28,10 +28,11 @@ import torch
 import torch.multiprocessing as mp
 
 from envs import create_atari_env, find_game
-from harness import hosts, utils
+from harness import link, utils
 from harness.checkpoint import checkpoint_of, describe_versions, read_checkpoint
 from harness.episodes import TRAINING, EpisodeLog
 from harness.shared import OF_A_SESSION, SharedState
+from harness.supervisor import DiedTooOftenError, Job, Supervisor
 from harness.utils import complain, fail, number, one_of, reason, say
 from test import evaluate
 from train import train
@@ -58,7 +59,7 @@ def add_run_options(add: Callable[..., Any]) -> None:
     add("--annotate", action=switch, default=False, help="videos show what the agent sees, thinks")
     needs = "write event files; needs pip install tensorboard"
     add("--tensorboard", action=switch, default=False, help=needs)
-    ray = {"type": hosts.cluster_address, "nargs": "?", "const": hosts.DEFAULT_ADDRESS}
+    ray = {"type": link.cluster_address, "nargs": "?", "const": link.DEFAULT_ADDRESS}
     add("--ray", **ray, metavar="HOST:PORT", help="train on all machines of this Ray cluster, too")
     exchange = "seconds that another machine learns between two exchanges"
     add("--ray-interval", type=number(float, 0, 3600), default=1.0, help=exchange)
@@ -200,7 +201,7 @@ def prepare(
     args, checkpoint = parse_args(argv), None
     try:
         if args.ray:
-            hosts.find_cluster(args.ray)
+            link.find_cluster(args.ray)
         if args.resume:
             checkpoint_of(args.resume)  # before the lock makes a file in a folder that is no run's
             until_the_end.enter_context(workers.run_folder_locked(args.resume))
@@ -243,17 +244,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def create_jobs(
     args: argparse.Namespace, shared: SharedState, run_folder: Path, started: float
-) -> list[workers.Job]:
+) -> list[Job]:
     """Return what each worker does; the test worker is among the first to start."""
     n = args.num_processes
     jobs = [
-        workers.Job(f"training worker {rank}", rank, train, (rank, args, shared, run_folder))
+        Job(f"training worker {rank}", rank, train, (rank, args, shared, run_folder))
         for rank in range(n)
     ]
-    jobs.insert(1, workers.Job("test worker", n, evaluate, (args, shared, started, run_folder)))
+    jobs.insert(1, Job("test worker", n, evaluate, (args, shared, started, run_folder)))
     if args.ray:
         to_link = train, args, shared, run_folder
-        jobs.insert(2, workers.Job("link", n + 1, hosts.link, to_link, is_vital=False))
+        jobs.insert(2, Job("link", n + 1, link.link, to_link, is_vital=False))
     return jobs
 
 
@@ -267,9 +268,7 @@ def run(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> int:
     jobs = create_jobs(args, shared, run_folder, started)
     # A forked child of a program with threads may hang, on macOS above all.
     spawn = mp.get_context("spawn")
-    supervisor = workers.Supervisor(
-        spawn, jobs, shared.ready, shared.stop, shared.restarts, run_folder
-    )
+    supervisor = Supervisor(spawn, jobs, shared.ready, shared.stop, shared.restarts, run_folder)
     ended_by, gave_up, all_up, dropped = None, False, False, 0
     try:
         with supervisor:
@@ -295,7 +294,7 @@ def run(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> int:
     except Exception as error:  # whatever it is, no worker may go on training for nobody
         gave_up = True
         complain(f"error: {reason(error)}")
-        if not isinstance(error, workers.DiedTooOftenError):
+        if not isinstance(error, DiedTooOftenError):
             path = run_folder / "traceback-main.txt"
             with utils.report_write_errors(path):
                 path.write_text(traceback.format_exc(), encoding="utf-8", errors="replace")

@@ -28,14 +28,15 @@ import torch
 from envs import atari_games, create_atari_env
 from harness import utils
 from harness.checkpoint import BestAgent, load_agent, valid_statistics
+from harness.curves import draw_comparison, draw_curve
 from harness.episodes import (
     TRAINING,
     Episode,
     EpisodeLog,
     Scalars,
     as_table,
-    draw_comparison,
-    draw_curve,
+    console_line,
+    progress,
     read_episodes,
 )
 from harness.shared import SharedState
@@ -85,40 +86,6 @@ def play_episode(
             policy = logits.softmax(dim=1)[0].tolist()
             video.add_frame(observation, total_reward, value.item(), policy)
     return total_reward, int(info["episode"]["l"])
-
-
-def clock(seconds: float) -> str:
-    """Return hours and minutes."""
-    return f"{int(seconds) // 3600:02d}h {int(seconds) // 60 % 60:02d}m"
-
-
-def console_line(row: Episode, mean: float, left: str, fps_now: float) -> str:
-    """Return what the console says of a test episode; FPS is the mean since the run's start."""
-    return (
-        f"Time {clock(row.time_s)} {int(row.time_s) % 60:02d}s, num steps {row.num_steps}, "
-        f"FPS {row.fps}, episode reward {row.reward:.1f}, episode length {row.length}, "
-        f"mean100 {mean:.1f}{left}, FPS now {fps_now:.0f}"
-    )
-
-
-def progress(
-    args: argparse.Namespace, session: float, num_steps: int, steps_per_second: float
-) -> str:
-    """Return how much of the run is done and how long the rest will take, where its end is known.
-
-    `session` is the seconds of this session, `steps_per_second` the present rate.
-    """
-    ends = []  # seconds left, fraction done
-    if args.max_steps:
-        seconds_left = max(args.max_steps - num_steps, 0) / max(steps_per_second, 1e-3)
-        ends.append((seconds_left, num_steps / args.max_steps))
-    if args.max_time:
-        limit = 3600 * args.max_time
-        ends.append((max(limit - session, 0.0), session / limit))
-    if not ends:
-        return ""
-    left, done = min(ends)
-    return f", {min(done, 1.0):.0%}, {clock(left)} left"
 
 
 def training_row(

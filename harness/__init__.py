@@ -26,7 +26,7 @@ def _obstacle():
 
 
 _what = _obstacle()
-if _what and "ray" in sys.modules:  # on another machine: Ray tells the head (see hosts.py)
+if _what and "ray" in sys.modules:  # on another machine: Ray tells the head (see link.py)
     raise ImportError(_what)
 if _what:
     sys.stderr.write("error: " + _what + "\n")

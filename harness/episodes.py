@@ -1,11 +1,7 @@
-"""A run's test episodes: a row of episodes.csv each, read, averaged, drawn; TensorBoard."""
+"""A run's episodes: its tables, written, read and averaged; its console lines; TensorBoard."""
 
-import io
-import json
+import argparse
 import os
-import tempfile
-import textwrap
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,24 +12,6 @@ from harness.utils import read_text, report_write_errors, write
 TRAINING = "training.csv"  # the other table of a run; see `Episode`
 WINDOW = 100  # test episodes that the mean reward is taken over
 RECENT = 20  # the mean over WINDOW lags by half an hour when sixteen workers train on two cores
-MOST_POINTS = 2000  # of a curve: a run of weeks is drawn as fast as one of an hour
-# The options that a run's curve depends on. Runs that have them in common are seeds of one setting.
-LEARNS_BY = (
-    "env_name",
-    "num_processes",
-    "max_episode_length",
-    "lr",
-    "lr_schedule",
-    "gamma",
-    "gae_lambda",
-    "entropy_coef",
-    "entropy_schedule",
-    "value_loss_coef",
-    "max_grad_norm",
-    "num_steps",
-    "no_shared",
-    "init",
-)
 
 
 class Episode(NamedTuple):
@@ -67,6 +45,40 @@ def parse_episode(row: str) -> Episode:
         raise ValueError(f"'{row}' is not {len(Episode._fields)} numbers")
     n, time_s, num_steps, fps, reward, length = numbers
     return Episode(int(n), time_s, int(num_steps), int(fps), reward, int(length))
+
+
+def clock(seconds: float) -> str:
+    """Return hours and minutes."""
+    return f"{int(seconds) // 3600:02d}h {int(seconds) // 60 % 60:02d}m"
+
+
+def console_line(row: Episode, mean: float, left: str, fps_now: float) -> str:
+    """Return what the console says of a test episode; FPS is the mean since the run's start."""
+    return (
+        f"Time {clock(row.time_s)} {int(row.time_s) % 60:02d}s, num steps {row.num_steps}, "
+        f"FPS {row.fps}, episode reward {row.reward:.1f}, episode length {row.length}, "
+        f"mean100 {mean:.1f}{left}, FPS now {fps_now:.0f}"
+    )
+
+
+def progress(
+    args: argparse.Namespace, session: float, num_steps: int, steps_per_second: float
+) -> str:
+    """Return how much of the run is done and how long the rest will take, where its end is known.
+
+    `session` is the seconds of this session, `steps_per_second` the present rate.
+    """
+    ends = []  # seconds left, fraction done
+    if args.max_steps:
+        seconds_left = max(args.max_steps - num_steps, 0) / max(steps_per_second, 1e-3)
+        ends.append((seconds_left, num_steps / args.max_steps))
+    if args.max_time:
+        limit = 3600 * args.max_time
+        ends.append((max(limit - session, 0.0), session / limit))
+    if not ends:
+        return ""
+    left, done = min(ends)
+    return f", {min(done, 1.0):.0%}, {clock(left)} left"
 
 
 class EpisodeLog:
@@ -182,139 +194,6 @@ def read_episodes(run: Path) -> np.ndarray:
 def as_table(episodes: list[Episode]) -> np.ndarray:
     """Return episodes as a structured array, (n,) with the CSV's columns as fields."""
     return np.array(episodes, dtype=[(name, float) for name in Episode._fields])
-
-
-def read_setting(run: Path) -> str:
-    """Return the options that a run learns by, as text to compare; its path if they are not known.
-
-    Raises `OSError` or `ValueError`.
-    """
-    path = (run if run.is_dir() else run.parent) / "options.json"
-    if not path.exists():
-        return str(run)
-    try:
-        options = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError):
-        options = None
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} does not hold a run's options")
-    names = list(LEARNS_BY)
-    if "linear" in (options.get("lr_schedule"), options.get("entropy_schedule")):
-        names.append("max_steps")  # where it ends at zero
-    if options.get("ray"):  # other machines train, too; without, these say nothing
-        names += ["ray", "ray_interval"]
-    options = {"entropy_schedule": "constant", **options}  # older runs do not name it
-    return json.dumps({name: options.get(name) for name in names})
-
-
-def _matplotlib_figure() -> object:
-    """Return a new figure; matplotlib is imported here, as only one process draws."""
-    if not os.access(
-        os.path.expanduser("~"), os.W_OK
-    ):  # where it would keep its list of fonts, and complain
-        cache = Path(tempfile.gettempdir(), f"a3c-matplotlib-{os.getuid()}")
-        cache.mkdir(mode=0o700, exist_ok=True)
-        os.environ.setdefault("MPLCONFIGDIR", str(cache))
-    import logging
-
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells that it builds that list
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(9, 6.5), dpi=110, layout="constrained")
-
-
-def _labels(runs: list[Path]) -> list[str]:
-    """Return names that tell the runs apart, as matplotlib is to be given them."""
-    names = [run.name or str(run) for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run) for run in runs]
-    names = [os.fsencode(name).decode(errors="replace") for name in names]
-    return [f" {name}".replace("$", r"\$") for name in names]  # it hides those that start with "_"
-
-
-def _thinned(*columns: np.ndarray) -> list[np.ndarray]:
-    """Return MOST_POINTS rows at most, evenly spaced, the last among them."""
-    n = len(columns[0])
-    rows = np.linspace(0, n - 1, min(n, MOST_POINTS)).round().astype(int)
-    return [column[rows] for column in columns]
-
-
-def draw_curve(episodes: np.ndarray, path: Path) -> None:
-    """Draw one run's test episodes, their reward and length over training steps, to a PNG file.
-
-    A thin line for each episode and moving means over RECENT and over WINDOW episodes; hours on a
-    second axis. Raises `OSError` or `ValueError`.
-    """
-    figure = _matplotlib_figure()
-    axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    million_steps = episodes["num_steps"] / 1e6
-    for axis, column in zip(axes, ("reward", "length"), strict=True):
-        values = episodes[column]
-        means = [moving_mean(values, window) for window in (RECENT, WINDOW)]
-        steps, values, recent, slow = _thinned(million_steps, values, *means)
-        marker = "." if len(steps) == 1 else None
-        axis.plot(steps, values, "C0", alpha=0.35, linewidth=0.7, label="one test episode")
-        axis.plot(steps, slow, "black", linestyle=":", label=f"mean of the last {WINDOW}")
-        axis.plot(
-            steps, recent, "C0", label=f"mean of the last {RECENT}", linewidth=1.8, marker=marker
-        )
-    if million_steps[-1] > 0 and episodes["time_s"][-1] > 0:
-        _add_hours(axes[0], *_thinned(million_steps, episodes["time_s"] / 3600))
-    _finish(figure, axes, path)
-
-
-def _add_hours(axis: object, steps: np.ndarray, hours: np.ndarray) -> None:
-    axis.set_xlim(0, steps[-1])
-    # From zero to far beyond the end, so that ticks outside stay outside.
-    steps, hours = (np.concatenate([[0.0], e, 2 * e[-1:]]) for e in (steps, hours))
-    there = lambda x: np.interp(x, steps, hours)  # noqa: E731
-    back = lambda h: np.interp(h, hours, steps)  # noqa: E731
-    axis.secondary_xaxis("top", functions=(there, back)).set_xlabel("hours")
-
-
-def draw_comparison(runs: list[Path], path: Path) -> None:
-    """Draw several runs' moving means over RECENT test episodes to a PNG file.
-
-    Runs that have all that they learn by in common, but for the seed, become one line: their mean,
-    with a band of one standard deviation. Raises `OSError` or `ValueError`.
-    """
-    settings: dict[str, list] = {}
-    for run, label in zip(runs, _labels(runs), strict=True):
-        settings.setdefault(read_setting(run), []).append((label, read_episodes(run)))
-    figure = _matplotlib_figure()
-    axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    for number, seeds in enumerate(settings.values()):
-        style = {"color": f"C{number}", "linewidth": 1.8}
-        for axis, column in zip(axes, ("reward", "length"), strict=True):
-            curves = [
-                _thinned(table["num_steps"] / 1e6, moving_mean(table[column], RECENT))
-                for _, table in seeds
-            ]
-            if len(seeds) == 1:
-                label, (steps, mean) = seeds[0][0], curves[0]
-            else:
-                label = textwrap.fill("mean of" + ",".join(label for label, _ in seeds), 60)
-                start, end = max(s[0] for s, _ in curves), min(s[-1] for s, _ in curves)
-                steps = np.linspace(start, end, 500)
-                means = np.array([np.interp(steps, s, m) for s, m in curves])
-                mean, spread = means.mean(axis=0), means.std(axis=0)
-                band = {"color": f"C{number}", "alpha": 0.2, "linewidth": 0}
-                axis.fill_between(steps, mean - spread, mean + spread, **band)
-            axis.plot(steps, mean, label=label, marker="." if len(steps) == 1 else None, **style)
-    _finish(figure, axes, path)
-
-
-def _finish(figure: object, axes: np.ndarray, path: Path) -> None:
-    axes[0].set_ylabel("reward of an episode")
-    axes[1].set_ylabel("length in steps")
-    axes[1].set_xlabel("training steps in millions")
-    axes[0].legend(loc="best")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"):  # of letters in a run's name that no font has
-        figure.savefig(buffer, format="png")
-    write(buffer.getvalue(), path)
 
 
 class Scalars:

@@ -14,7 +14,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from harness.episodes import RECENT, WINDOW, moving_mean, read_episodes, read_setting
+from harness.curves import read_setting
+from harness.episodes import RECENT, WINDOW, moving_mean, read_episodes
 
 
 def row(*cells):

@@ -1,4 +1,5 @@
 import argparse
+import importlib.util
 import io
 import os
 import random
@@ -14,13 +15,14 @@ import pytest
 import torch
 from conftest import gone, options
 
-from harness import hosts, workers
+from harness import workers
 from harness.checkpoint import dump
-from harness.hosts import Host, Link, Report, add_to, own_sums, weights_of
+from harness.hosts import Host, Report, add_to, own_sums, weights_of
+from harness.link import LEFT_ALONE, Link, _Machine, cause_of, cluster_address, find_cluster
 from harness.shared import SharedState
 
 ray_is_here = pytest.mark.skipif(
-    hosts.importlib.util.find_spec("ray") is None, reason="needs pip install ray"
+    importlib.util.find_spec("ray") is None, reason="needs pip install ray"
 )
 
 
@@ -40,7 +42,7 @@ class IdleHost(Host):
 
 
 class LinkOfHere(Link):
-    """A link to hosts in this process; `answer` lets one of them learn."""
+    """A link to hosts in this process; the test lets them learn, and exchange."""
 
     def __init__(self, shared, out):
         super().__init__(None, options(ray_interval=0.0, seed=7), shared, out)
@@ -51,7 +53,7 @@ class LinkOfHere(Link):
         host = IdleHost(None, checkpoint, f"7, {name}")
         host.weights = weights_of(self._shared.model).numpy()
         host.take(host.weights, self._shared.total_steps())
-        self.machines.append(hosts._Machine(name, name, host))
+        self.machines.append(_Machine(name, name, host))
         return host
 
     def exchange_with(self, machine):
@@ -173,7 +175,7 @@ def test_why_a_machine_does_not_join_is_said_once_and_that_it_is_gone_each_time(
         "machine 10.0.0.2 is gone: The node has died; machines that train now: 1\n"
     )
     assert killed == [host] * 4
-    assert link._not_before["10.0.0.2"] > time.monotonic() + hosts.LEFT_ALONE - 5
+    assert link._not_before["10.0.0.2"] > time.monotonic() + LEFT_ALONE - 5
 
 
 def test_workers_that_die_too_often_end_a_host_and_not_the_run(shared, tmp_path, monkeypatch):
@@ -196,7 +198,7 @@ def test_an_address_is_host_and_port(text):
     with pytest.raises(
         argparse.ArgumentTypeError, match=r"must be HOST:PORT, as 127\.0\.0\.1:6379"
     ):
-        hosts.cluster_address(text)
+        cluster_address(text)
 
 
 def test_ray_that_is_missing_and_a_cluster_that_is_not_there_are_told(monkeypatch):
@@ -204,10 +206,10 @@ def test_ray_that_is_missing_and_a_cluster_that_is_not_there_are_told(monkeypatc
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(ValueError, match=rf"no Ray cluster at {address} .*: ray start --head"):
-            hosts.find_cluster(address)
-    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: None)
+            find_cluster(address)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="Ray is not installed: pip install ray=="):
-        hosts.find_cluster("127.0.0.1:6379")
+        find_cluster("127.0.0.1:6379")
 
 
 @pytest.fixture
@@ -235,7 +237,7 @@ def cluster(monkeypatch):
     ],
 )
 def test_a_cause_is_one_line_that_says_what_to_do(said, cause):
-    line = hosts.cause_of(RuntimeError(said))
+    line = cause_of(RuntimeError(said))
     assert cause in line
     assert "\n" not in line
 

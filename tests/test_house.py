@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("harness/*.py")])
 
 # Who may import whom: only what lies below.
-HARNESS = {"harness", "harness.utils", "harness.workers", "harness.checkpoint", "harness.shared"}
+HARNESS = {"harness", *(f"harness.{name}" for name in ("utils", "workers", "checkpoint", "shared"))}
 MAY_IMPORT = {
     "model": set(),
     "envs": set(),
@@ -21,14 +21,31 @@ MAY_IMPORT = {
     "harness": set(),
     "harness.utils": set(),
     "harness.workers": {"harness.utils"},
+    "harness.supervisor": {"harness.utils", "harness.workers"},
     "harness.episodes": {"harness.utils"},
+    "harness.curves": {"harness.utils", "harness.episodes"},
     "harness.video": {"harness.utils"},
     "harness.checkpoint": {"harness.utils", "model", "envs"},
-    "harness.shared": {"harness.utils", "harness.checkpoint", "model", "my_optim"},
+    "harness.shared": {
+        "harness.utils",
+        "harness.workers",
+        "harness.checkpoint",
+        "model",
+        "my_optim",
+    },
     "train": {"rollout", "model", "envs", "my_optim", *HARNESS},
-    "test": {"model", "envs", "harness.episodes", "harness.video", *HARNESS},
-    "harness.hosts": {"model", *HARNESS},
-    "main": {"train", "test", "envs", "harness.episodes", "harness.hosts", *HARNESS},
+    "test": {"model", "envs", "harness.episodes", "harness.curves", "harness.video", *HARNESS},
+    "harness.hosts": {"model", "harness.supervisor", *HARNESS},
+    "harness.link": {"harness.hosts", *HARNESS},
+    "main": {
+        "train",
+        "test",
+        "envs",
+        "harness.episodes",
+        "harness.supervisor",
+        "harness.link",
+        *HARNESS,
+    },
 }
 
 

@@ -199,7 +199,7 @@ def test_a_run_whose_options_cannot_be_is_refused(option, value, message, tmp_pa
 
 
 def test_every_option_has_a_name_for_learning_or_is_known_not_to_matter():
-    from harness.episodes import LEARNS_BY
+    from harness.curves import LEARNS_BY
 
     parser = argparse.ArgumentParser()
     main.add_learning_options(parser.add_argument)

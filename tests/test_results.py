@@ -12,7 +12,8 @@ import torch
 from results_table import first_at
 
 import test as evaluator
-from harness.episodes import draw_curve, read_episodes
+from harness.curves import draw_curve
+from harness.episodes import read_episodes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"

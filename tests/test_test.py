@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import options
-from test_episodes import text_of, write_run
+from test_curves import write_run
+from test_episodes import text_of
 from test_video import frames_of
 
 import test as evaluator
 from envs import atari_games, create_atari_env
 from harness.checkpoint import BestAgent, load_agent
-from harness.episodes import TRAINING, Episode, EpisodeLog
+from harness.episodes import TRAINING, Episode, EpisodeLog, progress
 from harness.shared import SharedState
 from harness.video import Video
 from harness.workers import FINISH, STOP
@@ -173,7 +174,7 @@ def test_the_progress_is_that_towards_the_end_which_comes_first(
     limits, session, steps, rate, expected
 ):
     args = options(**({"max_steps": None, "max_time": None} | limits))
-    assert evaluator.progress(args, session, steps, rate) == expected
+    assert progress(args, session, steps, rate) == expected
 
 
 # The test worker.

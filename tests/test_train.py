@@ -282,6 +282,18 @@ def test_what_the_workers_learn_by_is_added_up(losses_of, tmp_path):
     assert shared.mean_figures(since=sums)[0] == {}
 
 
+def test_a_worker_s_normaliser_starts_from_the_run_s_and_is_its_own(monkeypatch, tmp_path):
+    envs, create = [], train.create_atari_env
+    monkeypatch.setattr(
+        train, "create_atari_env", lambda *a, **k: envs.append(create(*a, **k)) or envs[-1]
+    )
+    shared = create_shared(options())
+    shared.statistics[:] = torch.tensor([0.5, 0.25, 1000.0])
+    train_here(options(), tmp_path, shared)
+    assert envs[0].statistics[2] == 1000 + 61  # the first picture, and one a step
+    assert shared.statistics.tolist() == [0.5, 0.25, 1000.0]
+
+
 def test_a_worker_ends_when_the_run_is_stopped(tmp_path):
     shared = create_shared(options())
     shared.stop[0] = STOP
