@@ -56,10 +56,13 @@ class LinkOfHere(Link):
         self.machines.append(_Machine(name, name, host))
         return host
 
-    def exchange_with(self, machine):
+    def exchange_with(self, machine, meanwhile=lambda where: None):
+        """Let a host report and take new weights; its workers learn on `meanwhile`."""
         report = machine.host.report(machine.host.weights)
+        meanwhile(machine.host._shared)
         self._add(machine, report)
         machine.host.weights = weights_of(self._shared.model).numpy()
+        meanwhile(machine.host._shared)
         machine.host.take(machine.host.weights, self._shared.total_steps())
 
 
@@ -86,12 +89,13 @@ def test_every_update_of_every_machine_reaches_the_run_exactly_once(shared):
     start = weights_of(shared.model)
     shared.steps[0] = 1000
     machines = [link.join(name) for name in ("a", "b", "c")]
-    total, num_updates = torch.zeros_like(start), 0
+    updates = []
+    learn = lambda where: updates.append(update(where, rng))  # noqa: E731
     for _ in range(50):
-        for where in rng.choices([shared, *(host._shared for host in machines)], k=4):
-            total += update(where, rng)
-            num_updates += 1
-        link.exchange_with(rng.choice(link.machines))
+        for where in rng.choices([shared, *(host._shared for host in machines)], k=3):
+            learn(where)
+        link.exchange_with(rng.choice(link.machines), meanwhile=learn)
+    total, num_updates = sum(updates), len(updates)
     for machine in link.machines:
         link.exchange_with(machine)
     torch.testing.assert_close(weights_of(shared.model), start + total, rtol=0, atol=2e-6)
@@ -183,8 +187,10 @@ def test_workers_that_die_too_often_end_a_host_and_not_the_run(shared, tmp_path,
     checkpoint = dump(shared.contents(options(), elapsed=0.0))
     weights = weights_of(shared.model).numpy()
     host = Host(fail_at_once, checkpoint, "1")
+    start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"training worker 0 died: ValueError: a bug .*4 times"):
-        host.learn(weights, 0, 60.0)
+        host.learn(weights, 0, 100.0)
+    assert time.monotonic() - start < 90  # it does not wait for the interval's end
 
 
 def fail_at_once(*_):

@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 
 import main
 from harness.checkpoint import dump, read
+from harness.episodes import HEADER, Episode
 from harness.shared import SharedState
 from harness.utils import write
 
@@ -196,6 +198,21 @@ def test_a_run_whose_options_cannot_be_is_refused(option, value, message, tmp_pa
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert message in err
+
+
+def test_rows_after_the_checkpoint_are_set_aside_before_any_worker_counts_on(tmp_path):
+    args = main.parse_args([])
+    shared = SharedState(args, 1, 6)
+    shared.steps[0] = 100
+    shared.save(tmp_path, args, 0.0)
+    rows = [Episode(n, 1.0, num_steps, 100, -21.0, 900) for n, num_steps in enumerate([100, 101])]
+    for name in "episodes.csv", "training.csv":
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in (HEADER, *rows)))
+    with contextlib.ExitStack() as until_the_end:
+        main.prepare(["--resume", str(tmp_path)], until_the_end)
+    for name in "episodes.csv", "training.csv":
+        assert (tmp_path / name).read_text() == f"{HEADER}\n{rows[0]}\n"
+        assert (tmp_path / f"{name}.bak").read_text() == f"{rows[1]}\n"
 
 
 def test_every_option_has_a_name_for_learning_or_is_known_not_to_matter():
