@@ -101,7 +101,7 @@ def test_a_restored_run_learns_on_to_the_same_bits(saved):
 
 
 def test_a_checkpoint_holds_what_a_run_needs(saved):
-    folder, shared = saved
+    folder, _ = saved
     restored = SharedState(options(num_processes=3), 1, 6)
     restored.restore(read_checkpoint(folder))
     assert restored.total_steps() == 60
