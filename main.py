@@ -313,10 +313,10 @@ def run(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> int:
 
 
 def command_to_resume(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> str:
-    """Return the command that goes on with the run, as this one was typed."""
+    """Return the command that goes on with the run, by this Python."""
     script = sys.argv[0] if __name__ == "__main__" else __file__
     folder = f"./{run_folder}" if str(run_folder).startswith("-") else str(run_folder)
-    command = [sys.orig_argv[0], script, "--resume", folder]
+    command = [sys.executable, script, "--resume", folder]
     if shared.has_made(args.max_steps):
         command += ["--max-steps", str(2 * args.max_steps)]
     with contextlib.suppress(OSError, ValueError):
