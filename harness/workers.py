@@ -28,6 +28,9 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # the largest value that glibc takes
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_TOP_PAD_": str(16 * 2**20),
+    # Or imageio starts ffmpeg by a fork that runs Python code, and may hang where there are threads
+    # (imageio-ffmpeg issue 58). It is for Ctrl-C, which a worker's children inherit as blocked.
+    "IMAGEIO_FFMPEG_NO_PREVENT_SIGINT": "1",
 }
 # Those that the parent ignores stay ignored: nohup and a shell's "&" rely on it.
 SIGNALS = [
