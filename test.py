@@ -57,13 +57,15 @@ def play_episode(
     greedy: bool = False,
     turn: AbstractContextManager = nullcontext(),  # noqa: B008 - it has no state
     stopped: Callable[[], bool] = lambda: False,
+    seed: int | None = None,
 ) -> tuple[float, int] | None:
     """Play one episode, sampling from the policy or, if `greedy`, taking the likeliest action.
 
-    `env` is one of `create_atari_env`, which counts the episode's steps and may cut it.
+    `env` is one of `create_atari_env`, which counts the episode's steps and may cut it. A `seed`
+    reseeds it, which takes as long as 150 steps.
     Returns the reward, unclipped, and the length in steps; None if the run was `stopped` meanwhile.
     """
-    observation, _ = env.reset(seed=rng.randrange(2**31))
+    observation, _ = env.reset(seed=seed)
     state, actions = model.initial_state(), range(env.action_space.n)
     total_reward, done = 0.0, False
     with video:
@@ -113,6 +115,7 @@ def evaluate(
     rng = random.Random(f"{args.seed}, {args.num_processes}, {restarts}")
     env = create_atari_env(args.env_name, "rgb_array", args.max_episode_length)
     env.statistics = valid_statistics(shared.statistics)
+    env.reset(seed=rng.randrange(2**31))
     model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
     # It enters for each step; a turn is to last as long as a training worker's, two rollouts.
     turn = CoreTurn(run_folder, args.num_processes, times=2 * args.num_steps)
@@ -187,7 +190,8 @@ def play(args: argparse.Namespace) -> None:
         rng = random.Random(f"{args.seed}, {episode}")
         env.statistics = statistics  # the same for all, so that each depends on its seed alone
         video = Video(args.record if episode == 0 else None, env, args.annotate)
-        reward, length = play_episode(env, model, rng, video, greedy=args.greedy)
+        seed = rng.randrange(2**31)
+        reward, length = play_episode(env, model, rng, video, greedy=args.greedy, seed=seed)
         rewards.append(reward)
         say(f"episode {episode}, episode reward {reward:.1f}, episode length {length}")
     summary = {

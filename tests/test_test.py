@@ -8,7 +8,6 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,7 +92,7 @@ def test_an_episode_is_scored_with_rewards_unclipped():
     env = create_atari_env("ALE/BeamRider-v5", max_episode_length=400)
     torch.manual_seed(0)
     reward, length = evaluator.play_episode(
-        env, ActorCritic(1, 9), random.Random(0), Video(None, env)
+        env, ActorCritic(1, 9), random.Random(0), Video(None, env), seed=0
     )
     assert reward >= 44  # a beam rider's sector pays 44 points an enemy
     assert reward % 44 == 0
@@ -104,7 +103,7 @@ def test_an_episode_is_scored_with_rewards_unclipped():
 def test_each_picture_of_a_video_has_the_value_and_policy_of_its_own_observation():
     model, recorder = opinionated(6), Recorder()
     env = create_atari_env("PongDeterministic-v4", max_episode_length=20)
-    evaluator.play_episode(env, model, random.Random(0), recorder)
+    evaluator.play_episode(env, model, random.Random(0), recorder, seed=0)
     assert len(recorder.frames) == 21
     state = model.initial_state()
     for observation, _, value, policy in recorder.frames:
@@ -119,7 +118,8 @@ def test_each_picture_of_a_video_has_the_value_and_policy_of_its_own_observation
 
 def test_the_pictures_of_a_video_show_the_score_so_far():
     env, recorder = create_atari_env("ALE/Boxing-v5", max_episode_length=300), Recorder()
-    reward, length = evaluator.play_episode(env, opinionated(18), random.Random(0), recorder)
+    agent, rng = opinionated(18), random.Random(0)
+    reward, length = evaluator.play_episode(env, agent, rng, recorder, seed=0)
     scores = [score for _, score, *_ in recorder.frames]
     assert len(scores) == length + 1
     assert (scores[0], scores[-1]) == (0.0, reward)
@@ -130,7 +130,7 @@ def test_an_episode_is_the_same_recorded_or_not():
     outcomes = []
     for recorder in Recorder(), Video(None, None):
         env, rng = create_atari_env("ALE/Boxing-v5", max_episode_length=200), random.Random(0)
-        outcome = evaluator.play_episode(env, opinionated(18), rng, recorder)
+        outcome = evaluator.play_episode(env, opinionated(18), rng, recorder, seed=0)
         outcomes.append((outcome, env.statistics, rng.random()))
     assert outcomes[0] == outcomes[1]
 
@@ -140,7 +140,7 @@ def test_a_greedy_episode_takes_the_likeliest_actions():
     recorder = Recorder()
     step = env.step
     env.step = lambda action: taken.append(action) or step(action)
-    evaluator.play_episode(env, opinionated(6), random.Random(0), recorder, greedy=True)
+    evaluator.play_episode(env, opinionated(6), None, recorder, greedy=True, seed=0)
     assert taken == [int(np.argmax(policy)) for *_, policy in recorder.frames[:-1]]
     assert len(set(taken)) > 1
 
@@ -263,8 +263,7 @@ def test_a_saved_agent_can_be_played_in_a_loop_of_ones_own(agent, shorten):
 
     shorten(300)
     same, model = load_agent(agent)
-    rng = SimpleNamespace(randrange=lambda _: 7)
-    played = evaluator.play_episode(same, model, rng, Video(None, same), greedy=True)
+    played = evaluator.play_episode(same, model, None, Video(None, same), greedy=True, seed=7)
     assert played == (total_reward, 300)
     assert env.statistics == same.statistics  # of all pictures that were seen
     assert env.statistics[2] == STATISTICS[2] + 301
