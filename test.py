@@ -115,7 +115,7 @@ def evaluate(
     rng = random.Random(f"{args.seed}, {args.num_processes}, {restarts}")
     env = create_atari_env(args.env_name, "rgb_array", args.max_episode_length)
     env.statistics = valid_statistics(shared.statistics)
-    env.reset(seed=rng.randrange(2**31))
+    env.unwrapped.reset(seed=rng.randrange(2**31))  # inside, where the normaliser does not see it
     model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
     # It enters for each step; a turn is to last as long as a training worker's, two rollouts.
     turn = CoreTurn(run_folder, args.num_processes, times=2 * args.num_steps)
