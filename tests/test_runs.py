@@ -320,7 +320,7 @@ import os, time
 now = time.time
 time.time = lambda: now() - 3600 * os.path.exists({str(run_folder / "options.json")!r})
 """
-    limit = 6
+    limit = 10  # on a slow machine two processes are up after 7 s
     run = start_main(
         *(*PLAIN, "--max-episode-length", "50", "--checkpoint-interval", "1"),
         *("--max-time", str(limit / 3600)),
