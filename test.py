@@ -62,7 +62,7 @@ def play_episode(
     """Play one episode, sampling from the policy or, if `greedy`, taking the likeliest action.
 
     `env` is one of `create_atari_env`, which counts the episode's steps and may cut it. A `seed`
-    reseeds it, which takes as long as 150 steps.
+    reseeds it, for which the emulator loads its ROM again: a tenth of a second.
     Returns the reward, unclipped, and the length in steps; None if the run was `stopped` meanwhile.
     """
     observation, _ = env.reset(seed=seed)

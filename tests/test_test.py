@@ -194,6 +194,21 @@ def test_the_run_is_to_finish_when_a_hundred_test_episodes_have_reached_the_targ
     assert [e.episode for e in EpisodeLog(tmp_path, 0).episodes] == list(range(100))
 
 
+def test_the_seed_decides_what_the_test_worker_plays(tmp_path):
+    def pictures_seen(run, seed):
+        limits = {"max_episode_length": 100, "max_steps": 1}
+        args = options(env_name="Pong-v0", seed=seed, record_every=0, **limits)
+        torch.manual_seed(0)
+        shared = SharedState(args, 1, 6)
+        shared.steps[0] = 1  # so that it ends after one episode
+        evaluator.evaluate(args, shared, time.monotonic(), tmp_path / run, 0)
+        return shared.statistics.tolist()
+
+    for run in "abc":
+        (tmp_path / run).mkdir()
+    assert pictures_seen("a", 1) == pictures_seen("b", 1) != pictures_seen("c", 2)
+
+
 def test_training_episodes_have_a_table_of_their_own_beside_the_test_episodes(
     tmp_path, monkeypatch
 ):
