@@ -13,13 +13,17 @@ LARGEST_INT = 2**63 - 1  # of 64 bits
 
 
 def say(message: str, file: TextIO | None = None) -> None:
-    """Print at once, with "?" for letters that the terminal lacks."""
+    """Write the line at once, with "?" for letters that the terminal lacks.
+
+    It is one call of `write`, as `print` may make two, between which another process can write.
+    """
     file = file or sys.stdout
     if file is None:  # closed before Python started
         return
     encoding = getattr(file, "encoding", None) or "utf-8"
     try:
-        print(message.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+        file.write(message.encode(encoding, "replace").decode(encoding) + "\n")
+        file.flush()
     except (OSError, ValueError):  # that terminal or pipe has gone, which is no reason to die
         name = "stderr" if file is sys.stderr else "stdout"
         setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for good

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,17 @@ def test_a_process_whose_terminal_knows_ascii_only_says_what_it_can():
     code = "from harness.utils import complain, say; say('L\\xf6ffel'); complain('L\\xf6ffel')"
     result = python(code, PYTHONIOENCODING="ascii", LANG="C")
     assert (result.returncode, result.stdout, result.stderr) == (0, b"L?ffel\n", b"L?ffel\n")
+
+
+def test_a_line_is_written_at_once_so_that_no_other_process_writes_into_it():
+    code = "from harness.utils import complain, say; say('one'); complain('two')"
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # keeps writes apart
+    with ours, theirs:
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        outputs = {"stdout": theirs, "stderr": theirs}
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, **outputs)
+        ours.setblocking(False)
+        assert [ours.recv(100) for _ in range(2)] == [b"one\n", b"two\n"]
 
 
 def test_a_process_whose_terminal_has_gone_away_goes_on():
