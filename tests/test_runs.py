@@ -451,7 +451,7 @@ def test_a_full_disk_costs_a_line_each_and_not_the_run(start_main):
     processes = [run.process.pid, *run.children()[0]]
     freeze(processes)
     size = (run.folder / "episodes.csv").stat().st_size
-    checkpoint = (run.folder / "checkpoint.pt").read_bytes()
+    steps = read(run.folder / "checkpoint.pt")["steps"]
     for pid in processes:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (size + 10, resource.RLIM_INFINITY))
     for pid in processes:
@@ -465,7 +465,7 @@ def test_a_full_disk_costs_a_line_each_and_not_the_run(start_main):
         assert re.search(rf"\S+/{name} not written: {cause}\n", complaints), name
     assert re.search(r"\S+/rl-video-episode-\d+.mp4 not written: ", complaints)
     assert all(" not written: " in line for line in complaints.splitlines())
-    assert (run.folder / "checkpoint.pt").read_bytes() == checkpoint
+    assert read(run.folder / "checkpoint.pt")["steps"] >= steps  # the old one, or one whole already
     assert not list(run.folder.glob("*.new"))
     whole = rows(run.folder)
     assert all(row["length"] == "100" for row in whole)
