@@ -31,6 +31,7 @@ from envs import create_atari_env, find_game
 from harness import link, utils
 from harness.checkpoint import checkpoint_of, describe_versions, read_checkpoint
 from harness.episodes import TRAINING, EpisodeLog
+from harness.settings import options_until
 from harness.shared import OF_A_SESSION, SharedState
 from harness.supervisor import DiedTooOftenError, Job, Supervisor
 from harness.utils import complain, fail, number, one_of, reason, say
@@ -183,10 +184,10 @@ def make_run_folder(args: argparse.Namespace) -> Path:
     except OSError as error:
         raise OSError(f"cannot write the run: {error}") from error
     files = "options.json", "episodes.csv", TRAINING, "checkpoint.pt", "best.pt", "videos"
-    if any(os.path.lexists(args.save_dir / name) for name in files):
-        raise ValueError(
-            f"{args.save_dir} already holds a run: name another folder, or --resume it"
-        )
+    held = [name for name in files if os.path.lexists(args.save_dir / name)]
+    if held:
+        or_resume = ", or --resume it" if "checkpoint.pt" in held else ""
+        raise ValueError(f"{args.save_dir} already holds a run: name another folder{or_resume}")
     return args.save_dir
 
 
@@ -209,20 +210,23 @@ def prepare(
         torch.manual_seed(args.seed)
         env = create_atari_env(args.env_name)
         shared = SharedState(args, env.observation_space.shape[0], env.action_space.n)
+        options = dict(vars(args))
         if checkpoint:
             run_folder = args.resume
             shared.restore(checkpoint)
             # Both set later rows aside, before any worker counts on.
             EpisodeLog(run_folder, shared.total_steps(), TRAINING)
             refuse_if_over(args, shared, EpisodeLog(run_folder, shared.total_steps()))
+            until = options_until(run_folder, options, shared.total_steps())
+            options |= {"until": until} if until else {}
         else:
             if args.init is not None:
                 shared.start_from(Path(args.init), args.env_name)
             run_folder = make_run_folder(args)
             until_the_end.enter_context(workers.run_folder_locked(run_folder))
         (run_folder / "videos").mkdir(exist_ok=True)
-        options = json.dumps(vars(args), indent=2, default=str) + "\n"
-        utils.write(options.encode(), run_folder / "options.json")
+        text = json.dumps(options, indent=2, default=str) + "\n"
+        utils.write(text.encode(), run_folder / "options.json")
     except (OSError, ValueError) as error:
         fail(error)
     return args, shared, run_folder
@@ -233,9 +237,10 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.ExitStack() as until_the_end:
         until_the_end.enter_context(workers.signals_held())
         args, shared, run_folder = prepare(argv, until_the_end)
+        start = f" from {args.init}" if args.init and not args.resume else ""
         say(
-            f"A3C on {args.env_name}{f' from {args.init}' if args.init else ''}: "
-            f"{args.num_processes} training workers and one test worker.\n"
+            f"A3C on {args.env_name}{start}: {args.num_processes} training workers "
+            "and one test worker.\n"
             f"All of it lies in {run_folder}: table, curve, videos, checkpoint, best agent. "
             "Ctrl-C stops the run."
         )
@@ -307,24 +312,30 @@ def run(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> int:
     say(
         f"{outcome} after {shared.total_steps()} steps"
         f"{f', {dropped} rollouts dropped' if dropped else ''}; the run lies in {run_folder}, "
-        f"and goes on with: {command_to_resume(args, shared, run_folder)}"
+        f"and {way_on(args, shared, run_folder)}"
     )
     return status
 
 
-def command_to_resume(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> str:
-    """Return the command that goes on with the run, by this Python."""
+def way_on(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> str:
+    """Return how to go on from the run, with a command, by this Python."""
     script = sys.argv[0] if __name__ == "__main__" else __file__
     folder = f"./{run_folder}" if str(run_folder).startswith("-") else str(run_folder)
-    command = [sys.executable, script, "--resume", folder]
-    if shared.has_made(args.max_steps):
+    command = [sys.executable, script]
+    is_over = shared.has_made(args.max_steps)
+    if is_over and "linear" in (args.lr_schedule, args.entropy_schedule):
+        # To resume it with more steps would undo what the end of the schedule has refined.
+        command += ["--env-name", args.env_name, "--init", folder]
+        return f"a new run starts from its agent with: {shlex.join(command)}"
+    command += ["--resume", folder]
+    if is_over:
         command += ["--max-steps", str(2 * args.max_steps)]
     with contextlib.suppress(OSError, ValueError):
         if EpisodeLog(run_folder, shared.total_steps()).has_reached(args.target_reward):
             command += ["--target-reward", f"{args.target_reward + 1:g}"]
     if args.ray:
         command += ["--ray", args.ray]
-    return shlex.join(command)
+    return f"goes on with: {shlex.join(command)}"
 
 
 if __name__ == "__main__":

@@ -152,6 +152,8 @@ def checkpoint_of(run_folder: Path) -> Path:
     """Return the path of a run folder's checkpoint; raise `ValueError` if there is none."""
     path = run_folder / "checkpoint.pt"
     if not os.path.lexists(path):
+        if (run_folder / "options.json").exists():
+            raise ValueError(f"the run in {run_folder} ended before its first checkpoint")
         raise ValueError(f"{run_folder} is no run's folder: there is no {path}")
     return path
 

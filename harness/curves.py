@@ -1,7 +1,6 @@
 """Pictures of runs: one run's learning curve, or several runs compared."""
 
 import io
-import json
 import os
 import tempfile
 import textwrap
@@ -11,49 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from harness.episodes import RECENT, WINDOW, moving_mean, read_episodes
-from harness.utils import read_text, write
+from harness.settings import read_setting
+from harness.utils import write
 
 MOST_POINTS = 2000  # of a curve: a run of weeks is drawn as fast as one of an hour
-# The options that a run's curve depends on. Runs that have them in common are seeds of one setting.
-LEARNS_BY = (
-    "env_name",
-    "num_processes",
-    "max_episode_length",
-    "lr",
-    "lr_schedule",
-    "gamma",
-    "gae_lambda",
-    "entropy_coef",
-    "entropy_schedule",
-    "value_loss_coef",
-    "max_grad_norm",
-    "num_steps",
-    "no_shared",
-    "init",
-)
-
-
-def read_setting(run: Path) -> str:
-    """Return the options that a run learns by, as text to compare; its path if they are not known.
-
-    Raises `OSError` or `ValueError`.
-    """
-    path = (run if run.is_dir() else run.parent) / "options.json"
-    if not path.exists():
-        return str(run)
-    try:
-        options = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError):
-        options = None
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} does not hold a run's options")
-    names = list(LEARNS_BY)
-    if "linear" in (options.get("lr_schedule"), options.get("entropy_schedule")):
-        names.append("max_steps")  # where it ends at zero
-    if options.get("ray"):  # other machines train, too; without, these say nothing
-        names += ["ray", "ray_interval"]
-    options = {"entropy_schedule": "constant", **options}  # older runs do not name it
-    return json.dumps({name: options.get(name) for name in names})
 
 
 def _matplotlib_figure() -> object:

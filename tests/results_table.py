@@ -14,8 +14,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from harness.curves import read_setting
 from harness.episodes import RECENT, TRAINING, WINDOW, moving_mean, read_episodes
+from harness.settings import read_setting
 
 
 def row(*cells):

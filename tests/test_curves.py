@@ -15,8 +15,9 @@ from test_utils import files_end_at
 
 import main
 import test as evaluator
-from harness.curves import draw_comparison, draw_curve, read_setting
+from harness.curves import draw_comparison, draw_curve
 from harness.episodes import HEADER, WINDOW, Episode, as_table, moving_mean, read_episodes
+from harness.settings import options_until, read_setting
 
 
 def write_run(folder, seed=1, slope=42.0, episodes=300, **changes):
@@ -86,6 +87,40 @@ def test_a_run_of_a_version_without_a_schedule_of_the_entropy_had_a_constant_one
     del options["entropy_schedule"]
     path.write_text(json.dumps(options))
     assert read_setting(runs[0]) == read_setting(runs[1])
+
+
+def test_a_run_that_was_resumed_with_other_options_is_no_seed_of_those_that_always_had_them(
+    tmp_path,
+):
+    runs = [write_run(tmp_path / str(n), episodes=1, lr=0.5, max_steps=n) for n in range(2)]
+    path = runs[0] / "options.json"
+    same, other, linear = (
+        json.loads(path.read_text()) | changes
+        for changes in ({"max_steps": 9}, {"lr": 0.25}, {"lr_schedule": "linear", "max_steps": 9})
+    )
+    assert options_until(runs[0], same, 100) == {}
+    until = {"100": {"lr": 0.5}}
+    assert options_until(runs[0], other, 100) == until
+    then = {"lr_schedule": "constant", "max_steps": None}
+    assert options_until(runs[0], linear, 100) == {"100": then}
+
+    path.write_text(json.dumps(other | {"until": until}))
+    assert options_until(runs[0], other, 200) == until
+    assert options_until(runs[0], same, 200) == until | {"200": {"lr": 0.25}}
+    path.write_text(json.dumps(same | {"until": until | {"200": {"lr": 0.25}}}))
+    assert read_setting(runs[0]) != read_setting(runs[1])
+
+    path.write_text(json.dumps(same | {"until": 3}))
+    assert options_until(runs[0], same, 100) == {}
+    path.write_text("[]")
+    assert options_until(runs[0], other, 100) == {}
+    path.unlink()
+    assert options_until(runs[0], other, 100) == {}
+
+
+def test_a_table_of_training_episodes_is_no_seed_of_the_test_episodes(tmp_path):
+    run = write_run(tmp_path / "run", episodes=1)
+    assert read_setting(run / "training.csv") != read_setting(run)
 
 
 def test_runs_without_known_options_are_settings_of_their_own(tmp_path):

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "harness.workers": {"harness.utils"},
     "harness.supervisor": {"harness.utils", "harness.workers"},
     "harness.episodes": {"harness.utils"},
-    "harness.curves": {"harness.utils", "harness.episodes"},
+    "harness.settings": {"harness.utils"},
+    "harness.curves": {"harness.utils", "harness.episodes", "harness.settings"},
     "harness.video": {"harness.utils"},
     "harness.checkpoint": {"harness.utils", "model", "envs"},
     "harness.shared": {
@@ -42,6 +43,7 @@ MAY_IMPORT = {
         "test",
         "envs",
         "harness.episodes",
+        "harness.settings",
         "harness.supervisor",
         "harness.link",
         *HARNESS,

@@ -61,6 +61,8 @@ LINE = re.compile(
         ),
         ("--resume RUN", "RUN is no run's folder: there is no RUN/checkpoint.pt"),
         ("--resume missing", "missing is no run's folder"),
+        ("--resume KILLED", "the run in KILLED ended before its first checkpoint"),
+        ("--save-dir KILLED", "KILLED already holds a run: name another folder\n"),
         ("--resume RUN --init RUN", "argument --init: a run that is resumed goes on with its own"),
         ("--init missing", "there is no agent in missing: name a run folder"),
         ("--init FILE", "FILE is damaged, or not one of this program's files"),
@@ -95,6 +97,8 @@ def test_bad_input_is_one_line_and_status_2(argv, message, tmp_path, monkeypatch
     Path("FILE").touch()
     Path("RUN").mkdir()
     Path("RUN", "episodes.csv").write_text("kept")
+    Path("KILLED").mkdir()
+    Path("KILLED", "options.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         main.main(argv.split())
@@ -215,8 +219,47 @@ def test_rows_after_the_checkpoint_are_set_aside_before_any_worker_counts_on(tmp
         assert (tmp_path / f"{name}.bak").read_text() == f"{rows[1]}\n"
 
 
+@pytest.mark.parametrize(
+    ("argv", "way_on"),
+    [
+        ("", "goes on with: PYTHON --resume RUN"),
+        ("--ray", "goes on with: PYTHON --resume RUN --ray 127.0.0.1:6379"),
+        ("--max-steps 500", "goes on with: PYTHON --resume RUN"),
+        ("--max-steps 100", "goes on with: PYTHON --resume RUN --max-steps 200"),
+        ("--max-steps 500 --lr-schedule linear", "goes on with: PYTHON --resume RUN"),
+        *[
+            (
+                f"--max-steps 100 --{schedule}-schedule linear",
+                "a new run starts from its agent with: PYTHON --env-name Pong-v0 --init RUN",
+            )
+            for schedule in ("lr", "entropy")  # where more steps would begin with a high one again
+        ],
+    ],
+)
+def test_a_run_s_end_says_how_to_go_on(argv, way_on, tmp_path):
+    args = main.parse_args(argv.split())
+    shared = SharedState(args, 1, 6)
+    shared.steps[0] = 100
+    command = f"{sys.executable} {main.__file__}"
+    expected = way_on.replace("PYTHON", command).replace("RUN", str(tmp_path))
+    assert main.way_on(args, shared, tmp_path) == expected
+
+
+def test_a_resumed_run_keeps_what_it_learned_by_before(tmp_path):
+    options = tmp_path / "options.json"
+    args = main.parse_args([])
+    shared = SharedState(args, 1, 6)
+    shared.steps[0] = 100
+    shared.save(tmp_path, args, 0.0)
+    options.write_text(json.dumps(vars(args)))
+    for argv, until in ([], None), (["--lr", "0.5"], {"100": {"lr": 1e-4}}):
+        with contextlib.ExitStack() as until_the_end:
+            main.prepare(["--resume", str(tmp_path), *argv], until_the_end)
+        assert json.loads(options.read_text()).get("until") == until
+
+
 def test_every_option_has_a_name_for_learning_or_is_known_not_to_matter():
-    from harness.curves import LEARNS_BY
+    from harness.settings import LEARNS_BY
 
     parser = argparse.ArgumentParser()
     main.add_learning_options(parser.add_argument)

@@ -1,0 +1,79 @@
+"""options.json of a run: what it learns by, now and before it was resumed with other options."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from harness.utils import read_text
+
+# The options that a run's curve depends on. Runs that have them in common are seeds of one setting.
+LEARNS_BY = (
+    "env_name",
+    "num_processes",
+    "max_episode_length",
+    "lr",
+    "lr_schedule",
+    "gamma",
+    "gae_lambda",
+    "entropy_coef",
+    "entropy_schedule",
+    "value_loss_coef",
+    "max_grad_norm",
+    "num_steps",
+    "no_shared",
+    "init",
+)
+
+
+def _learned_by(options: dict[str, Any]) -> dict[str, Any]:
+    """Return those options that a run's curve depends on."""
+    names = list(LEARNS_BY)
+    if "linear" in (options.get("lr_schedule"), options.get("entropy_schedule")):
+        names.append("max_steps")  # where it ends at zero
+    if options.get("ray"):  # other machines train, too; without, these say nothing
+        names += ["ray", "ray_interval"]
+    options = {"entropy_schedule": "constant", **options}  # older runs do not name it
+    return {name: options.get(name) for name in names}
+
+
+def _read_options(run_folder: Path) -> dict[str, Any] | None:
+    path = run_folder / "options.json"
+    if not path.exists():
+        return None
+    try:
+        options = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError):
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} does not hold a run's options")
+    return options
+
+
+def read_setting(run: Path) -> str:
+    """Return the options that a run learns by, as text to compare; its path if they are not known.
+
+    Raises `OSError` or `ValueError`.
+    """
+    options = _read_options(run if run.is_dir() else run.parent)
+    if options is None:
+        return str(run)
+    other_table = "" if run.is_dir() or run.name == "episodes.csv" else run.name
+    return json.dumps([_learned_by(options), options.get("until"), other_table])
+
+
+def options_until(run_folder: Path, options: dict[str, Any], num_steps: int) -> dict[str, Any]:
+    """Return what a run that is resumed with these options learned by before, where that differs.
+
+    It is {training steps: {option: value until then}}, and options.json keeps it as "until".
+    """
+    try:
+        before = _read_options(run_folder)
+    except (OSError, ValueError):
+        before = None
+    if before is None:
+        return {}
+    then, now = _learned_by(before), _learned_by(options)
+    names = [name for name in then | now if then.get(name) != now.get(name)]
+    changed = {str(num_steps): {name: then.get(name) for name in names}} if names else {}
+    until = before.get("until")
+    return (until if isinstance(until, dict) else {}) | changed
