@@ -223,7 +223,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=number(int, 0), default=1, help="of games and sampling (default: 1)"
     )
-    parser.add_argument("--record", type=path, metavar="FILE", help="first episode as .mp4 or .gif")
+    record = "first episode as .mp4; if short, as .gif"
+    parser.add_argument("--record", type=path, metavar="FILE", help=record)
     parser.add_argument(
         "--annotate", action="store_true", help="what the agent sees and thinks beside it"
     )

@@ -1,6 +1,7 @@
 """A run's episodes: its tables, written, read and averaged; its console lines; TensorBoard."""
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -139,7 +140,8 @@ class EpisodeLog:
                 with open(self._path, "a", encoding="utf-8") as file:
                     file.write("\n".join([*([] if size else [HEADER]), *lines, ""]))
             except OSError:
-                os.truncate(self._path, size)  # half a row would spoil the next one
+                with contextlib.suppress(OSError):  # perhaps there is no file
+                    os.truncate(self._path, size)  # half a row would spoil the next one
                 raise
             self._unwritten.clear()
 

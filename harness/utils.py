@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import math
 import os
 import sys
@@ -24,7 +25,9 @@ def say(message: str, file: TextIO | None = None) -> None:
     try:
         file.write(message.encode(encoding, "replace").decode(encoding) + "\n")
         file.flush()
-    except (OSError, ValueError):  # that terminal or pipe has gone, which is no reason to die
+    except (OSError, ValueError) as error:  # which is no reason to die
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return  # a log on a full disk, where there may be space again; else it has gone
         name = "stderr" if file is sys.stderr else "stdout"
         setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for good
 

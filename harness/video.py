@@ -18,10 +18,11 @@ WHITE, GREY, GREEN, BLUE = (235, 235, 235), (120, 120, 120), (110, 220, 110), (1
 class Video:
     """A context manager that streams the game to ffmpeg, at twice its size; no path, no video.
 
-    Memory stays constant however long the episode. H.264 with yuv420p plays everywhere; a name that
-    ends in .gif makes a GIF. If this process dies, ffmpeg sees the end of its input and closes the
-    file properly. If the video cannot be written, the game goes on. With `annotate`, a panel stands
-    beside the game (see `draw_panel`).
+    Memory stays constant however long the episode. H.264 with yuv420p plays everywhere. A name that
+    ends in .gif makes a GIF, for short episodes: ffmpeg keeps all of its frames until the last one
+    (with `annotate` a megabyte each), to find one palette for them. If this process dies, ffmpeg
+    sees the end of its input and closes the file properly. If the video cannot be written, the game
+    goes on. With `annotate`, a panel stands beside the game (see `draw_panel`).
     """
 
     def __init__(self, path: Path | None, env: gym.Env, annotate: bool = False) -> None:

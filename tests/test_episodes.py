@@ -1,4 +1,5 @@
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,17 @@ def test_the_first_row_may_fail_too(tmp_path, capsys):
     path.rmdir()
     log.append(episode(2))
     assert path.read_text() == text_of(0, 1, 2)
+
+
+def test_a_first_row_for_which_no_file_can_be_opened_costs_a_line_with_the_reason(tmp_path, capsys):
+    log = EpisodeLog(tmp_path, 0)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        log.append(episode(0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert capsys.readouterr().err.endswith("episodes.csv not written: Too many open files\n")
 
 
 def test_the_mean_reward_is_that_of_the_last_hundred_episodes(tmp_path):

@@ -133,6 +133,23 @@ def test_a_process_whose_terminal_has_gone_away_goes_on():
     assert (result.returncode, result.stdout, result.stderr) == (7, b"", b"three\n")
 
 
+def test_a_log_on_a_full_disk_goes_on_when_there_is_space_again():
+    class Log(io.StringIO):
+        is_full = True
+
+        def write(self, text):
+            if self.is_full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(text)
+
+    log = Log()
+    with contextlib.redirect_stdout(log):
+        utils.say("one")
+        log.is_full = False
+        utils.say("two")
+    assert log.getvalue() == "two\n"
+
+
 def test_a_process_without_a_terminal_goes_on(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
