@@ -153,7 +153,8 @@ def checkpoint_of(run_folder: Path) -> Path:
     path = run_folder / "checkpoint.pt"
     if not os.path.lexists(path):
         if (run_folder / "options.json").exists():
-            raise ValueError(f"the run in {run_folder} ended before its first checkpoint")
+            ended = f"the run in {run_folder} ended before its first checkpoint"
+            raise ValueError(f"{ended}: start it again in another folder")
         raise ValueError(f"{run_folder} is no run's folder: there is no {path}")
     return path
 

@@ -72,8 +72,11 @@ def options_until(run_folder: Path, options: dict[str, Any], num_steps: int) -> 
         before = None
     if before is None:
         return {}
-    then, now = _learned_by(before), _learned_by(options)
-    names = [name for name in then | now if then.get(name) != now.get(name)]
-    changed = {str(num_steps): {name: then.get(name) for name in names}} if names else {}
     until = before.get("until")
-    return (until if isinstance(until, dict) else {}) | changed
+    until = until if isinstance(until, dict) else {}
+    then, now = _learned_by(before), _learned_by(options)
+    changed = {name: then.get(name) for name in then | now if then.get(name) != now.get(name)}
+    if changed:
+        # An earlier session that made no step, or no checkpoint, leaves what was there before it.
+        until[str(num_steps)] = changed | until.get(str(num_steps), {})
+    return until

@@ -107,6 +107,7 @@ def test_a_run_that_was_resumed_with_other_options_is_no_seed_of_those_that_alwa
     path.write_text(json.dumps(other | {"until": until}))
     assert options_until(runs[0], other, 200) == until
     assert options_until(runs[0], same, 200) == until | {"200": {"lr": 0.25}}
+    assert options_until(runs[0], same, 100) == until  # with 0.25 no step was made
     path.write_text(json.dumps(same | {"until": until | {"200": {"lr": 0.25}}}))
     assert read_setting(runs[0]) != read_setting(runs[1])
 

@@ -61,7 +61,7 @@ LINE = re.compile(
         ),
         ("--resume RUN", "RUN is no run's folder: there is no RUN/checkpoint.pt"),
         ("--resume missing", "missing is no run's folder"),
-        ("--resume KILLED", "the run in KILLED ended before its first checkpoint"),
+        ("--resume KILLED", "the run in KILLED ended before its first checkpoint: start it again"),
         ("--save-dir KILLED", "KILLED already holds a run: name another folder\n"),
         ("--resume RUN --init RUN", "argument --init: a run that is resumed goes on with its own"),
         ("--init missing", "there is no agent in missing: name a run folder"),
