@@ -258,6 +258,19 @@ def test_a_resumed_run_keeps_what_it_learned_by_before(tmp_path):
         assert json.loads(options.read_text()).get("until") == until
 
 
+def test_only_a_new_run_is_said_to_start_from_an_agent(tmp_path, monkeypatch, capsys):
+    def save(args, shared, run_folder):
+        shared.save(run_folder, args, 0.0)
+        return 0
+
+    monkeypatch.setattr(main, "run", save)
+    run = str(tmp_path / "run")
+    assert main.main(["--init", str(AGENT), "--save-dir", run]) == 0
+    assert f"A3C on Pong-v0 from {AGENT}: 4 training" in capsys.readouterr().out
+    assert main.main(["--resume", run]) == 0
+    assert "A3C on Pong-v0: 4 training" in capsys.readouterr().out
+
+
 def test_every_option_has_a_name_for_learning_or_is_known_not_to_matter():
     from harness.settings import LEARNS_BY
 
