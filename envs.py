@@ -41,7 +41,9 @@ def atari_games() -> dict[str, AtariGame]:
     games = {}
     for rom in sorted(set(roms.get_all_rom_ids()) - MULTIPLAYER_ONLY):
         name = rom.title().replace("_", "")
-        for variant, frame_skip in ("", (2, 5)), ("Deterministic", (4, 5)), ("NoFrameskip", (1, 2)):
+        # At every fourth frame the invaders' shots are invisible (Mnih et al. 2013, section 5).
+        fixed = (3, 4) if rom == "space_invaders" else (4, 5)
+        for variant, frame_skip in ("", (2, 5)), ("Deterministic", fixed), ("NoFrameskip", (1, 2)):
             games[f"{name}{variant}-v0"] = AtariGame(rom, frame_skip, 0.25)
             games[f"{name}{variant}-v4"] = AtariGame(rom, frame_skip, 0.0)
         games[f"ALE/{name}-v5"] = AtariGame(rom, (4, 5), 0.25)

@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import shlex
 import signal
@@ -30,6 +31,7 @@ import torch.multiprocessing as mp
 from envs import create_atari_env, find_game
 from harness import link, utils
 from harness.checkpoint import checkpoint_of, describe_versions, read_checkpoint
+from harness.curves import CURVE
 from harness.episodes import TRAINING, EpisodeLog
 from harness.settings import options_until
 from harness.shared import OF_A_SESSION, SharedState
@@ -71,7 +73,7 @@ def add_learning_options(add: Callable[..., Any]) -> None:
     weight, fraction = number(float, 0), number(float, 0, 1)
     schedule = {"type": one_of("constant", "linear"), "metavar": "{constant,linear}"}
     linear = "linear: to zero at --max-steps"
-    add("--lr", type=weight, default=1e-4, help="Adam's learning rate")
+    add("--lr", type=fraction, default=1e-4, help="Adam's learning rate")
     add("--lr-schedule", **schedule, default="constant", help=linear)
     add("--gamma", type=fraction, default=0.99, help="discount of a reward one step later")
     add("--gae-lambda", type=fraction, default=1.0, help="lambda of the advantage estimates")
@@ -183,12 +185,22 @@ def make_run_folder(args: argparse.Namespace) -> Path:
         args.save_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot write the run: {error}") from error
-    files = "options.json", "episodes.csv", TRAINING, "checkpoint.pt", "best.pt", "videos"
+    files = "options.json", "episodes.csv", TRAINING, "checkpoint.pt", "best.pt", "videos", CURVE
     held = [name for name in files if os.path.lexists(args.save_dir / name)]
     if held:
         or_resume = ", or --resume it" if "checkpoint.pt" in held else ""
         raise ValueError(f"{args.save_dir} already holds a run: name another folder{or_resume}")
     return args.save_dir
+
+
+def write_options(options: dict[str, Any], run_folder: Path) -> None:
+    """Write options.json, and see that there can be videos; raise `OSError` if not."""
+    try:
+        (run_folder / "videos").mkdir(exist_ok=True)
+        text = json.dumps(options, indent=2, default=str) + "\n"
+        utils.write(text.encode(), run_folder / "options.json")
+    except OSError as error:
+        raise OSError(f"cannot write the run in {run_folder}: {error}") from error
 
 
 def prepare(
@@ -224,9 +236,7 @@ def prepare(
                 shared.start_from(Path(args.init), args.env_name)
             run_folder = make_run_folder(args)
             until_the_end.enter_context(workers.run_folder_locked(run_folder))
-        (run_folder / "videos").mkdir(exist_ok=True)
-        text = json.dumps(options, indent=2, default=str) + "\n"
-        utils.write(text.encode(), run_folder / "options.json")
+        write_options(options, run_folder)
     except (OSError, ValueError) as error:
         fail(error)
     return args, shared, run_folder
@@ -282,6 +292,8 @@ def run(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> int:
                 ended_by = ended_by or workers.next_signal()
                 if ended_by:
                     shared.request_stop(workers.STOP)
+                if shared.has_made(args.max_steps) and shared.ready[args.num_processes]:
+                    shared.request_stop(workers.FINISH)  # or more workers would start
                 if args.max_time is not None and now - started > 3600 * args.max_time:
                     shared.request_stop(workers.FINISH)
                 if now - last_save > args.checkpoint_interval:
@@ -331,8 +343,9 @@ def way_on(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> s
     if is_over:
         command += ["--max-steps", str(2 * args.max_steps)]
     with contextlib.suppress(OSError, ValueError):
-        if EpisodeLog(run_folder, shared.total_steps()).has_reached(args.target_reward):
-            command += ["--target-reward", f"{args.target_reward + 1:g}"]
+        log = EpisodeLog(run_folder, shared.total_steps())
+        if log.has_reached(args.target_reward):
+            command += ["--target-reward", str(math.floor(log.mean_reward()[1]) + 1)]
     if args.ray:
         command += ["--ray", args.ray]
     return f"goes on with: {shlex.join(command)}"

@@ -10,8 +10,8 @@ class SharedAdam(torch.optim.Adam):
     """`torch.optim.Adam` with moments and step counts made at once, in shared memory.
 
     Workers step it without a lock (Hogwild, Recht et al. 2011), so now and then an increment of
-    the step count is lost: a few in 100,000, which moves nothing but Adam's bias correction, by
-    less than can be measured.
+    the step count is lost: a few in 100,000, which moves Adam's bias correction and the warm-up of
+    --init by less than can be measured.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float = 1e-4) -> None:

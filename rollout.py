@@ -1,6 +1,7 @@
 """The network computed in bulk for a rollout: `ActorCritic.forward` again, but fast.
 
-What `values_and_logits` gives, and its gradient, is that of a loop over the T + 1 observations:
+What `values_and_logits` gives is that of a loop over the T + 1 observations, and so is the gradient
+of its first T values and logits:
 
     value, logits, state = model(observation.unsqueeze(0), state)
 
@@ -112,7 +113,8 @@ class Rollout:
     def values_and_logits(self) -> tuple[Tensor, Tensor]:
         """Return values (T + 1,) and logits (T + 1, num_actions) of all observations, as a graph.
 
-        The last ones are of the observation after the last action: a bootstrap, no gradient.
+        The last ones are of the observation after the last action. They are a bootstrap, to be used
+        as constants: their gradient would end at the two heads.
         """
         T = len(self.rewards)
         last = torch.from_numpy(self._look(T)[np.newaxis])

@@ -28,7 +28,7 @@ import torch
 from envs import atari_games, create_atari_env
 from harness import utils
 from harness.checkpoint import BestAgent, load_agent, valid_statistics
-from harness.curves import draw_comparison, draw_curve
+from harness.curves import CURVE, draw_comparison, draw_curve
 from harness.episodes import (
     TRAINING,
     Episode,
@@ -40,10 +40,10 @@ from harness.episodes import (
     read_episodes,
 )
 from harness.shared import SharedState
-from harness.utils import fail, number, report_write_errors, say
+from harness.utils import fail, number, report_write_errors, say, set_aside
 from harness.video import Video
 from harness.workers import FINISH, STOP, CoreTurn
-from model import ActorCritic
+from model import ActorCritic, State
 
 DRAW_EVERY = 60.0  # seconds, the learning curve
 
@@ -65,6 +65,14 @@ def play_episode(
     reseeds it, for which the emulator loads its ROM again: a tenth of a second.
     Returns the reward, unclipped, and the length in steps; None if the run was `stopped` meanwhile.
     """
+
+    def look(state: State) -> tuple[list[float], State]:
+        """Return the policy and the next recurrent state; the video gets the picture."""
+        value, logits, state = model(torch.from_numpy(observation).unsqueeze(0), state)
+        policy = logits.softmax(dim=1)[0].tolist()
+        video.add_frame(observation, total_reward, value.item(), policy)
+        return policy, state
+
     observation, _ = env.reset(seed=seed)
     state, actions = model.initial_state(), range(env.action_space.n)
     total_reward, done = 0.0, False
@@ -73,9 +81,7 @@ def play_episode(
             if stopped():
                 return None
             with turn:
-                value, logits, state = model(torch.from_numpy(observation).unsqueeze(0), state)
-                policy = logits.softmax(dim=1)[0].tolist()
-                video.add_frame(observation, total_reward, value.item(), policy)
+                policy, state = look(state)
                 if greedy:
                     action = max(actions, key=policy.__getitem__)
                 else:
@@ -84,9 +90,7 @@ def play_episode(
             total_reward += reward
             done = terminated or truncated
         if video.is_on:  # the picture that the last action led to
-            value, logits, _ = model(torch.from_numpy(observation).unsqueeze(0), state)
-            policy = logits.softmax(dim=1)[0].tolist()
-            video.add_frame(observation, total_reward, value.item(), policy)
+            look(state)
     return total_reward, int(info["episode"]["l"])
 
 
@@ -132,6 +136,8 @@ def evaluate(
         episode = log.next_episode
         record = args.record_every and episode % args.record_every == 0
         path = run_folder / "videos" / f"rl-video-episode-{episode}.mp4" if record else None
+        if path and path.exists():  # of an episode after the checkpoint that the run goes on from
+            set_aside(path)
         video = Video(path, env, args.annotate)
         stopped = lambda: shared.stop >= STOP  # noqa: E731
         outcome = play_episode(env, model, rng, video, turn=turn, stopped=stopped)
@@ -167,7 +173,7 @@ def evaluate(
 
 def draw(log: EpisodeLog, run_folder: Path) -> None:
     """Draw the run's learning curve, if there is anything to draw."""
-    path = run_folder / "learning_curve.png"
+    path = run_folder / CURVE
     if log.episodes:
         with report_write_errors(path):
             draw_curve(as_table(log.episodes), path)
@@ -234,13 +240,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if sum([args.agent is not None, args.plot is not None, args.games]) != 1:
         fail("name an agent to play (a run folder, best.pt), or --plot runs, or --games")
     record = args.record
-    if record and (
-        record.suffix not in (".mp4", ".gif") or args.render or not record.parent.is_dir()
-    ):
-        fail(
-            "argument --record: must be an .mp4 or .gif file in a folder that is there, "
-            "without --render"
-        )
+    if record and (record.suffix not in (".mp4", ".gif") or record.is_dir() or args.render):
+        fail("argument --record: must be an .mp4 or .gif file, without --render")
+    if record and not os.access(record if record.exists() else record.parent, os.W_OK):
+        fail(f"argument --record: cannot write {record}: name a file in a folder of yours")
     if (
         args.render
         and sys.platform == "linux"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from envs import create_atari_env
-from harness.utils import reason, report_write_errors, write
+from harness.utils import reason, report_write_errors, set_aside, write
 from model import ActorCritic
 
 VERSIONS = {name: version(name) for name in ("torch", "gym", "ale-py", "numpy")}
@@ -46,10 +46,11 @@ class BestAgent:
         self._path = run_folder / "best.pt"
         self._score = (0, 0.0)
         try:
-            contents = read(self._path)
-            self._score = int(contents["episodes"]), float(contents["mean_reward"])
+            if os.path.lexists(self._path):
+                contents = read(self._path)
+                self._score = int(contents["episodes"]), float(contents["mean_reward"])
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # none yet, or none that can be read: the next one takes its place
+            set_aside(self._path)  # as the next one will take its place
 
     def offer(
         self,
@@ -96,9 +97,8 @@ def load_agent(path: str | Path, render_mode: str | None = None) -> tuple[gym.En
         raise ValueError(f"there is no agent in {path}: {known}")
     contents = read(path)
     try:
-        env_name = (
-            contents["env_name"] if "env_name" in contents else contents["options"]["env_name"]
-        )
+        named_in = contents if "env_name" in contents else contents["options"]
+        env_name = named_in["env_name"]
         weights = contents["model"]
         num_actions = weights["actor_linear.bias"].shape[0]
         env = create_atari_env(env_name, render_mode)

@@ -13,6 +13,7 @@ from harness.episodes import RECENT, WINDOW, moving_mean, read_episodes
 from harness.settings import read_setting
 from harness.utils import write
 
+CURVE = "learning_curve.png"  # in a run's folder
 MOST_POINTS = 2000  # of a curve: a run of weeks is drawn as fast as one of an hour
 
 
@@ -90,9 +91,14 @@ def draw_comparison(runs: list[Path], path: Path) -> None:
     settings: dict[str, list] = {}
     for run, label in zip(runs, _labels(runs), strict=True):
         settings.setdefault(read_setting(run), []).append((label, read_episodes(run)))
+    lines = []
+    for seeds in settings.values():
+        start = max(table["num_steps"][0] for _, table in seeds)
+        end = min(table["num_steps"][-1] for _, table in seeds)
+        lines += [seeds] if start < end else [[seed] for seed in seeds]  # no steps in common
     figure = _matplotlib_figure()
     axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    for number, seeds in enumerate(settings.values()):
+    for number, seeds in enumerate(lines):
         style = {"color": f"C{number}", "linewidth": 1.8}
         for axis, column in zip(axes, ("reward", "length"), strict=True):
             curves = [

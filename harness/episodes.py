@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,13 +199,17 @@ class Scalars:
     """TensorBoard's event files in `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # here, as the package is optional
-
-        self._folder, self._writer = folder, SummaryWriter(folder)
+        self._folder, self._writer = folder, None
+        threading.excepthook = lambda _: None  # `add` tells what goes wrong in the writer's thread
 
     def add(self, num_steps: int, **scalars: float) -> None:
         """Write each by its name, at `num_steps` training steps."""
+        from torch.utils.tensorboard import SummaryWriter  # here, as the package is optional
+
+        writer, self._writer = self._writer, None  # after an error, the next one opens a new file
         with report_write_errors(self._folder):
+            writer = writer or SummaryWriter(self._folder)
             for name, scalar in scalars.items():
-                self._writer.add_scalar(name, scalar, num_steps)
-            self._writer.flush()
+                writer.add_scalar(name, scalar, num_steps)
+            writer.flush()
+            self._writer = writer

@@ -106,10 +106,9 @@ class Host:
     def _supervise(self, jobs: list[Job], folder: Path) -> None:
         shared, spawn = self._shared, mp.get_context("spawn")
         try:
-            with Supervisor(
-                *(spawn, jobs, shared.ready, shared.stop, shared.restarts, folder),
-                report=self._messages.append,
-            ) as supervisor:
+            flags = shared.ready, shared.stop, shared.restarts
+            supervisor = Supervisor(spawn, jobs, *flags, folder, self._messages.append)
+            with supervisor:
                 for _ in supervisor.watch():
                     pass
         except Exception as error:

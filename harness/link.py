@@ -53,7 +53,7 @@ def find_cluster(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_WITHIN).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second: no name that a host can have
         what = f"no Ray cluster at {address} ({reason(error)})"
         raise ValueError(f"{what}; start one with: ray start --head") from None
 

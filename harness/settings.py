@@ -76,7 +76,7 @@ def options_until(run_folder: Path, options: dict[str, Any], num_steps: int) -> 
     until = until if isinstance(until, dict) else {}
     then, now = _learned_by(before), _learned_by(options)
     changed = {name: then.get(name) for name in then | now if then.get(name) != now.get(name)}
-    if changed:
-        # An earlier session that made no step, or no checkpoint, leaves what was there before it.
-        until[str(num_steps)] = changed | until.get(str(num_steps), {})
-    return until
+    # An earlier session that made no step, or no checkpoint, leaves what was there before it.
+    changed |= until.pop(str(num_steps), {})
+    changed = {name: value for name, value in changed.items() if value != now.get(name)}
+    return until | ({str(num_steps): changed} if changed else {})

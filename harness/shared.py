@@ -1,6 +1,7 @@
 """What the processes of a run share: weights, moments, counts, requests to stop."""
 
 import argparse
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class SharedState:
             the link to other machines last.
         stop: (1,) int64, see workers.GO_ON.
         restarts: (1,) int64, deaths and resumes so far. It is part of each worker's seed, so that
-            nobody draws again what was drawn before.
+            nobody draws again what the weights have learnt from.
         statistics: (3,) float64, those of the test worker's normaliser (see envs.py). A worker's
             normaliser starts from them.
         elapsed: seconds of all sessions before this one.
@@ -83,7 +84,10 @@ class SharedState:
         return int(self.steps.sum())
 
     def request_stop(self, how: int) -> None:
-        """Ask all processes to stop, workers.FINISH or STOP; a stronger request stays."""
+        """Ask all processes to stop, workers.FINISH or STOP.
+
+        The main process asks again at each look, as another's weaker request may come between.
+        """
         self.stop.clamp_(min=how)
 
     def has_made(self, max_steps: int | None) -> bool:
@@ -141,10 +145,17 @@ class SharedState:
         }
 
     def save(self, run_folder: Path, args: argparse.Namespace, elapsed: float) -> None:
-        """Write checkpoint.pt; if that fails, say so, the previous one being whole."""
+        """Write checkpoint.pt; if that fails, say so, and the previous one stays."""
         path = run_folder / "checkpoint.pt"
         with report_write_errors(path):
+            if not self._is_finite():
+                raise ValueError("weights or Adam's moments are not finite")
             write(dump(self.contents(args, elapsed)), path)
+
+    def _is_finite(self) -> bool:
+        moments = [t for optimizer in self.optimizers for t in optimizer.state.values()]
+        tensors = itertools.chain(self.model.parameters(), *(state.values() for state in moments))
+        return all(tensor.isfinite().all() for tensor in tensors)
 
     def start_from(self, agent: Path, env_name: str) -> None:
         """Take weights and normaliser from a saved agent, for a new run on `env_name`.
@@ -158,7 +169,7 @@ class SharedState:
             raise ValueError(
                 f"{agent} plays {plays} with {size} actions, but {env_name} has {other}"
             )
-        load_weights(self.model, model.state_dict())
+        self.model.load_state_dict(model.state_dict())
         self.statistics.copy_(torch.tensor(env.statistics, dtype=torch.float64))
 
     def restore(self, contents: dict[str, Any]) -> None:

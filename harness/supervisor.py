@@ -133,11 +133,12 @@ class Supervisor:
 
     def _start_what_is_due(self) -> None:
         for worker in self._workers:
+            if worker.process or time.monotonic() < worker.not_before:
+                continue
             starting_up = sum(not self._ready[w.job.rank] for w in self._running())
             if starting_up >= num_cores() or self._stop >= STOP:
                 return
-            if not worker.process and time.monotonic() >= worker.not_before:
-                self._start(worker)
+            self._start(worker)
 
     def _start(self, worker: _Worker) -> None:
         job, restarts = worker.job, int(self._restarts[0])

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import itertools
 import math
 import os
 import sys
@@ -26,8 +27,8 @@ def say(message: str, file: TextIO | None = None) -> None:
         file.write(message.encode(encoding, "replace").decode(encoding) + "\n")
         file.flush()
     except (OSError, ValueError) as error:  # which is no reason to die
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return  # a log on a full disk, where there may be space again; else it has gone
+        if getattr(error, "errno", None) not in (errno.EPIPE, errno.EIO, errno.EBADF, None):
+            return  # a log on a full disk, say, where there may be space again; else it has gone
         name = "stderr" if file is sys.stderr else "stdout"
         setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for good
 
@@ -71,6 +72,16 @@ def write(data: bytes, path: Path) -> None:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         raise
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file that would be overwritten, to the first free of PATH.bak, PATH.2.bak ..."""
+    suffixes = itertools.chain([".bak"], (f".{n}.bak" for n in itertools.count(2)))
+    backups = (path.with_name(path.name + suffix) for suffix in suffixes)
+    backup = next(backup for backup in backups if not os.path.lexists(backup))
+    with report_write_errors(backup):
+        path.rename(backup)
+        complain(f"{path} is now {backup.name}")
 
 
 def number(

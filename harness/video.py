@@ -129,22 +129,13 @@ def draw_panel(
     entropy = sum(-p * math.log(p) for p in policy.values() if p > 0)
     text(f"policy, entropy {entropy:.2f} of {math.log(len(policy)):.2f}", 12, 287, BLUE)
     columns = 1 if len(policy) <= 6 else 2  # up to 18 actions
-    rows, cell, name_width = (
-        -(-len(policy) // columns),
-        (width - 12) // columns,
-        (118, 88)[columns - 1],
-    )
+    name_size, name_width = (0.42, 118) if columns == 1 else (0.31, 88)
+    rows, cell = -(-len(policy) // columns), (width - 12) // columns
     row = min(22, (height - 294) // rows)
     for n, (name, probability) in enumerate(policy.items()):
         x, y = 12 + n // rows * cell, 294 + n % rows * row
-        text(name, x, y + 10, size=0.42 if columns == 1 else 0.31)
+        text(name, x, y + 10, size=name_size)
         bar = int(probability * (cell - name_width - 48))
         cv2.rectangle(panel, (x + name_width, y + 1), (x + name_width + bar, y + row - 4), BLUE, -1)
-        text(
-            f"{100 * probability:.0f}%",
-            x + cell - 42,
-            y + 10,
-            GREY,
-            size=0.42 if columns == 1 else 0.31,
-        )
+        text(f"{100 * probability:.0f}%", x + cell - 42, y + 10, GREY, name_size)
     return panel

@@ -150,6 +150,19 @@ def test_a_checkpoint_that_cannot_be_written_costs_a_line(saved, capsys):
     assert read_checkpoint(folder)["steps"] == 60
 
 
+@pytest.mark.parametrize("spoil", ["model", "moments"])
+def test_what_could_not_be_resumed_takes_no_checkpoint_s_place(saved, spoil, capsys):
+    folder, shared = saved
+    before = (folder / "checkpoint.pt").read_bytes()
+    optimizer = shared.optimizers[0].state[shared.model.critic_linear.bias]
+    tensor = shared.model.critic_linear.bias if spoil == "model" else optimizer["exp_avg_sq"]
+    with torch.no_grad():
+        tensor[0] = float("inf")
+    shared.save(folder, options(), 60.0)
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert "not written: weights or Adam's moments are not finite\n" in capsys.readouterr().err
+
+
 def test_the_figures_of_learning_are_means_since_they_were_asked_for():
     shared = SharedState(options(num_processes=2), 1, 6)
     assert shared.mean_figures(shared.figures.sum(dim=0))[0] == {}
@@ -345,9 +358,14 @@ def test_the_best_agent_of_the_sessions_before_is_only_replaced_by_a_better_one(
 
 
 @pytest.mark.parametrize("contents", [b"", dump({"steps": 3}), dump({"episodes": "many"})])
-def test_a_best_agent_that_cannot_be_read_is_replaced(contents, tmp_path):
-    (tmp_path / "best.pt").write_bytes(contents)
-    assert offer_all(tmp_path, BestAgent(tmp_path), [(1, -21.0)], first_step=9) == [9]
+def test_a_best_agent_that_cannot_be_read_is_set_aside(contents, tmp_path, capsys):
+    for n in range(2):
+        (tmp_path / "best.pt").write_bytes(contents + bytes(n))
+        assert offer_all(tmp_path, BestAgent(tmp_path), [(1, -21.0)], first_step=9) == [9]
+    assert (tmp_path / "best.pt.bak").read_bytes() == contents
+    assert (tmp_path / "best.pt.2.bak").read_bytes() == contents + bytes(1)
+    names = "best.pt.bak", "best.pt.2.bak"
+    assert capsys.readouterr().err == "".join(f"{tmp_path}/best.pt is now {n}\n" for n in names)
 
 
 def test_a_best_agent_that_could_not_be_written_is_not_taken_for_written(tmp_path, capsys):

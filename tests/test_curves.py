@@ -107,7 +107,8 @@ def test_a_run_that_was_resumed_with_other_options_is_no_seed_of_those_that_alwa
     path.write_text(json.dumps(other | {"until": until}))
     assert options_until(runs[0], other, 200) == until
     assert options_until(runs[0], same, 200) == until | {"200": {"lr": 0.25}}
-    assert options_until(runs[0], same, 100) == until  # with 0.25 no step was made
+    assert options_until(runs[0], same, 100) == {}  # with 0.25 no step was made
+    assert options_until(runs[0], other | {"lr": 0.125}, 100) == until  # as here
     path.write_text(json.dumps(same | {"until": until | {"200": {"lr": 0.25}}}))
     assert read_setting(runs[0]) != read_setting(runs[1])
 
@@ -248,6 +249,16 @@ def test_seeds_of_one_setting_become_one_line_with_a_band(tmp_path, drawn):
     flat = lines_of(reward)["flat"][1]
     np.testing.assert_allclose(flat, moving_mean(read_episodes(other)["reward"], 20))
     assert len(length.lines) == 2
+
+
+def test_seeds_that_have_no_steps_in_common_are_lines_of_their_own(tmp_path, drawn):
+    runs = [write_run(tmp_path / f"seed{n}", seed=n, episodes=3) for n in range(2)]
+    table = (runs[1] / "episodes.csv").read_text().splitlines()
+    rows = [Episode(n, 99.0, 30_000 + n, 277, 1.0, 9) for n in range(3)]
+    (runs[1] / "episodes.csv").write_text("\n".join([table[0], *map(str, rows), ""]))
+    draw_comparison(runs, tmp_path / "comparison.png")
+    assert names_of(drawn[0]) == ["seed0", "seed1"]
+    assert not drawn[0].axes[0].collections
 
 
 @pytest.mark.parametrize(

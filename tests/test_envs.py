@@ -37,6 +37,8 @@ def play(env, num_steps, seed=None):
         ("PongNoFrameskip-v4", {1}, 0.0, 60),
         ("ALE/Pong-v5", {4}, 0.25, 15),
         ("BreakoutDeterministic-v4", {4}, 0.0, 15),
+        ("SpaceInvadersDeterministic-v4", {3}, 0.0, 20),
+        ("SpaceInvaders-v0", {2, 3, 4}, 0.25, 20),
     ],
 )
 def test_an_id_means_its_frame_skip_and_stickiness(

@@ -1,5 +1,6 @@
 import re
 import resource
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -231,7 +232,8 @@ def test_a_device_or_a_missing_folder_holds_no_episodes(tmp_path):
             read_episodes(path)
 
 
-def test_tensorboard_finds_each_figure_at_its_step(tmp_path):
+def test_tensorboard_finds_each_figure_at_its_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # to have it back
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     scalars = Scalars(tmp_path)
     scalars.add(100, reward=-21.0, entropy=1.5)
@@ -239,3 +241,19 @@ def test_tensorboard_finds_each_figure_at_its_step(tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("reward")] == [(100, -21.0), (200, -20.0)]
     assert [(e.step, e.value) for e in events.Scalars("entropy")] == [(100, 1.5)]
+
+
+def test_tensorboard_goes_on_when_a_full_disk_has_space_again(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # to have it back
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    scalars = Scalars(tmp_path)
+    scalars.add(100, reward=-21.0)
+    (events,) = tmp_path.iterdir()
+    with files_end_at(events.stat().st_size + 3):
+        scalars.add(200, reward=-20.0)
+    scalars.add(300, reward=-19.0)
+    scalars.add(400, reward=-18.0)
+    errors = capfd.readouterr().err
+    assert errors == f"{tmp_path} not written: File too large\n"
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert {100, 300, 400} <= {e.step for e in events.Scalars("reward")}

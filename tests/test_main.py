@@ -13,7 +13,7 @@ import pytest
 
 import main
 from harness.checkpoint import dump, read
-from harness.episodes import HEADER, Episode
+from harness.episodes import HEADER, Episode, EpisodeLog
 from harness.shared import SharedState
 from harness.utils import write
 
@@ -46,8 +46,9 @@ LINE = re.compile(
         ("--gamma 1.01", "argument --gamma: must be a number from 0 to 1, not '1.01'"),
         ("--gamma nan", "argument --gamma: must be a number from 0 to 1, not 'nan'"),
         ("--gae-lambda -0.1", "argument --gae-lambda: must be a number from 0 to 1, not '-0.1'"),
-        ("--lr inf", "argument --lr: must be a number of at least 0, not 'inf'"),
-        ("--lr fast", "argument --lr: must be a number of at least 0, not 'fast'"),
+        ("--lr 1e38", "argument --lr: must be a number from 0 to 1, not '1e38'"),
+        ("--lr fast", "argument --lr: must be a number from 0 to 1, not 'fast'"),
+        ("--max-grad-norm inf", "argument --max-grad-norm: must be a number of at least 0, not"),
         ("--target-reward nan", "argument --target-reward: must be a number, not 'nan'"),
         (
             "--checkpoint-interval 0",
@@ -243,6 +244,18 @@ def test_a_run_s_end_says_how_to_go_on(argv, way_on, tmp_path):
     command = f"{sys.executable} {main.__file__}"
     expected = way_on.replace("PYTHON", command).replace("RUN", str(tmp_path))
     assert main.way_on(args, shared, tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("mean", "way_on"), [(-1000.0, "-999"), (1050.25, "1051"), (3e6, "3000001")]
+)
+def test_a_run_that_is_over_by_its_target_goes_on_to_a_higher_one(mean, way_on, tmp_path):
+    args = main.parse_args(["--target-reward", str(mean - 50)])
+    log = EpisodeLog(tmp_path, 0)
+    for n in range(100):
+        log.append(Episode(n, n, 0, 9, mean, 900))
+    said = main.way_on(args, SharedState(args, 1, 6), tmp_path)
+    assert said.endswith(f"--resume {tmp_path} --target-reward {way_on}")
 
 
 def test_a_resumed_run_keeps_what_it_learned_by_before(tmp_path):

@@ -357,10 +357,8 @@ NAME_AN_AGENT = "name an agent to play (a run folder, best.pt), or --plot runs"
         ("AGENT --episodes 0", "argument --episodes: must be a whole number of at least 1"),
         ("AGENT --seed " + "9" * 30, "argument --seed: must be a whole number from 0 to "),
         ("AGENT --record game.avi", "argument --record: must be an .mp4 or .gif file"),
-        (
-            "AGENT --record missing/game.mp4",
-            "argument --record: must be an .mp4 or .gif file in a folder that is there",
-        ),
+        ("AGENT --record missing/game.mp4", "argument --record: cannot write missing/game.mp4"),
+        ("AGENT --record FOLDER.mp4", "argument --record: must be an .mp4 or .gif file"),
         ("AGENT --render human", "argument --render: there is no display here; try --record"),
         ("--plot AGENT", "holds no test episodes yet: name run folders"),
         ("--plot missing", "holds no test episodes"),
@@ -384,6 +382,7 @@ def test_bad_input_is_one_line_and_status_2(argv, message, agent, tmp_path, monk
     write_run(Path("RUN"), episodes=3)
     write_run(Path("LIST"), episodes=3)
     Path("LIST", "options.json").write_text("[]")
+    Path("FOLDER.mp4").mkdir()
     if "OTHER" in argv:
         Path("OTHER").mkdir()
         save_agent(Path("OTHER"), "Breakout-v0", 18)

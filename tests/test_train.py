@@ -177,6 +177,24 @@ def test_the_bootstrap_is_zero_after_an_end_and_the_critics_value_after_a_cut(
     assert value.abs() > 1e-3
 
 
+def test_the_recurrent_state_goes_on_in_the_next_rollout_and_is_zero_in_the_next_episode(
+    losses_of, monkeypatch, tmp_path
+):
+    game = ShortGame(True, False)
+    monkeypatch.setattr(train, "create_atari_env", lambda _, **limit: recorded_env(game, **limit))
+    args = options(lr=0.0, num_steps=2, max_steps=6)
+    model = train_here(args, tmp_path).model
+    assert [len(rollout.rewards) for rollout in losses_of] == [2, 1, 2, 1]
+    state, expected = model.initial_state(), []
+    for game.num_steps in range(3):
+        value, _, state = model(torch.from_numpy(game.observe()).unsqueeze(0), state)
+        expected.append(value.item())
+    values = torch.cat([rollout.values for rollout in losses_of])
+    assert values.tolist() == pytest.approx(2 * expected, abs=1e-5)
+    value, _, _ = model(torch.from_numpy(game.observe()).unsqueeze(0), model.initial_state())
+    assert abs(value.item() - expected[2]) > 1e-3  # it matters
+
+
 @backends
 def test_three_updates_hand_over_three_gradients_as_adam_would_take_them(
     onednn, nnpack, monkeypatch, tmp_path

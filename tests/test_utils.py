@@ -133,13 +133,14 @@ def test_a_process_whose_terminal_has_gone_away_goes_on():
     assert (result.returncode, result.stdout, result.stderr) == (7, b"", b"three\n")
 
 
-def test_a_log_on_a_full_disk_goes_on_when_there_is_space_again():
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN])
+def test_a_log_that_takes_nothing_for_a_while_goes_on_when_it_does_again(number):
     class Log(io.StringIO):
         is_full = True
 
         def write(self, text):
             if self.is_full:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise OSError(number, os.strerror(number))
             return super().write(text)
 
     log = Log()
