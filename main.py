@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import importlib.util
 import itertools
-import json
 import math
 import os
 import shlex
@@ -31,9 +30,8 @@ import torch.multiprocessing as mp
 from envs import create_atari_env, find_game
 from harness import link, utils
 from harness.checkpoint import checkpoint_of, describe_versions, read_checkpoint
-from harness.curves import CURVE
 from harness.episodes import TRAINING, EpisodeLog
-from harness.settings import options_until
+from harness.settings import options_until, write_options
 from harness.shared import OF_A_SESSION, SharedState
 from harness.supervisor import DiedTooOftenError, Job, Supervisor
 from harness.utils import complain, fail, number, one_of, reason, say
@@ -185,22 +183,13 @@ def make_run_folder(args: argparse.Namespace) -> Path:
         args.save_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot write the run: {error}") from error
-    files = "options.json", "episodes.csv", TRAINING, "checkpoint.pt", "best.pt", "videos", CURVE
+    drawn = "learning_curve.png", "videos"
+    files = "options.json", "episodes.csv", TRAINING, "checkpoint.pt", "best.pt", *drawn
     held = [name for name in files if os.path.lexists(args.save_dir / name)]
     if held:
         or_resume = ", or --resume it" if "checkpoint.pt" in held else ""
         raise ValueError(f"{args.save_dir} already holds a run: name another folder{or_resume}")
     return args.save_dir
-
-
-def write_options(options: dict[str, Any], run_folder: Path) -> None:
-    """Write options.json, and see that there can be videos; raise `OSError` if not."""
-    try:
-        (run_folder / "videos").mkdir(exist_ok=True)
-        text = json.dumps(options, indent=2, default=str) + "\n"
-        utils.write(text.encode(), run_folder / "options.json")
-    except OSError as error:
-        raise OSError(f"cannot write the run in {run_folder}: {error}") from error
 
 
 def prepare(
@@ -236,6 +225,7 @@ def prepare(
                 shared.start_from(Path(args.init), args.env_name)
             run_folder = make_run_folder(args)
             until_the_end.enter_context(workers.run_folder_locked(run_folder))
+        (run_folder / "videos").mkdir(exist_ok=True)
         write_options(options, run_folder)
     except (OSError, ValueError) as error:
         fail(error)

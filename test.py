@@ -28,7 +28,7 @@ import torch
 from envs import atari_games, create_atari_env
 from harness import utils
 from harness.checkpoint import BestAgent, load_agent, valid_statistics
-from harness.curves import CURVE, draw_comparison, draw_curve
+from harness.curves import draw_comparison, draw_curve
 from harness.episodes import (
     TRAINING,
     Episode,
@@ -107,6 +107,16 @@ def training_row(
     return row._replace(episode=last, reward=round(reward, 2), length=round(length))
 
 
+def video_path(episode: int, args: argparse.Namespace, run_folder: Path) -> Path | None:
+    """Return where this test episode is to be recorded, None if nowhere."""
+    if not args.record_every or episode % args.record_every:
+        return None
+    path = run_folder / "videos" / f"rl-video-episode-{episode}.mp4"
+    if path.exists():  # of an episode after the checkpoint that the run goes on from
+        set_aside(path)
+    return path
+
+
 def evaluate(
     args: argparse.Namespace, shared: SharedState, started: float, run_folder: Path, restarts: int
 ) -> None:
@@ -134,11 +144,7 @@ def evaluate(
     while not finished:
         model.load_state_dict(shared.model.state_dict())
         episode = log.next_episode
-        record = args.record_every and episode % args.record_every == 0
-        path = run_folder / "videos" / f"rl-video-episode-{episode}.mp4" if record else None
-        if path and path.exists():  # of an episode after the checkpoint that the run goes on from
-            set_aside(path)
-        video = Video(path, env, args.annotate)
+        video = Video(video_path(episode, args, run_folder), env, args.annotate)
         stopped = lambda: shared.stop >= STOP  # noqa: E731
         outcome = play_episode(env, model, rng, video, turn=turn, stopped=stopped)
         turn.end()
@@ -173,7 +179,7 @@ def evaluate(
 
 def draw(log: EpisodeLog, run_folder: Path) -> None:
     """Draw the run's learning curve, if there is anything to draw."""
-    path = run_folder / CURVE
+    path = run_folder / "learning_curve.png"
     if log.episodes:
         with report_write_errors(path):
             draw_curve(as_table(log.episodes), path)

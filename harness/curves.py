@@ -13,7 +13,6 @@ from harness.episodes import RECENT, WINDOW, moving_mean, read_episodes
 from harness.settings import read_setting
 from harness.utils import write
 
-CURVE = "learning_curve.png"  # in a run's folder
 MOST_POINTS = 2000  # of a curve: a run of weeks is drawn as fast as one of an hour
 
 

@@ -76,6 +76,7 @@ LINE = re.compile(
         ("--save-dir FILE", "cannot write the run"),
         ("--save-dir FILE/below", "cannot write the run"),
         ("--save-dir RUN", "RUN already holds a run"),
+        ("--save-dir CURVE", "CURVE already holds a run: name another folder\n"),
         ("--save-dir=", "argument --save-dir: must not be empty"),
         ("--resume=", "argument --resume: must not be empty"),
         ("--entropy-schedule linear", "argument --entropy-schedule: linear needs --max-steps"),
@@ -100,6 +101,8 @@ def test_bad_input_is_one_line_and_status_2(argv, message, tmp_path, monkeypatch
     Path("RUN", "episodes.csv").write_text("kept")
     Path("KILLED").mkdir()
     Path("KILLED", "options.json").write_text("{}")
+    Path("CURVE").mkdir()
+    Path("CURVE", "learning_curve.png").touch()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         main.main(argv.split())
