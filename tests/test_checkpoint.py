@@ -10,6 +10,7 @@ from harness.checkpoint import BestAgent, dump, load_agent, read, read_checkpoin
 from harness.episodes import WINDOW, Episode, EpisodeLog
 from harness.shared import SharedState
 from harness.utils import write
+from harness.workers import FINISH, STOP
 from model import ActorCritic
 
 STATISTICS = (0.4, 0.2, 1234)
@@ -125,18 +126,6 @@ def test_with_no_shared_every_worker_has_its_own_adam_again(tmp_path):
         next(iter(optimizer.state.values()))["step"].item() for optimizer in restored.optimizers
     ]
     assert counts == [1.0, 0.0, 1.0]
-
-
-def test_a_checkpoint_that_is_a_symbolic_link_stays_one(saved):
-    folder, shared = saved
-    link, target = folder / "checkpoint.pt", folder / "on another disk.pt"
-    link.rename(target)
-    link.symlink_to(target.name)
-    shared.steps[0] = 80
-    shared.save(folder, options(), elapsed=13.5)
-    assert os.readlink(link) == target.name
-    assert not target.is_symlink()
-    assert read(target)["steps"] == read_checkpoint(folder)["steps"] == 80
 
 
 def test_a_checkpoint_that_cannot_be_written_costs_a_line(saved, capsys):
@@ -271,7 +260,7 @@ def test_a_spoilt_checkpoint_is_one_line_and_untouched(saved, how, message, caps
     assert not (folder / "options.json").exists()
 
 
-@pytest.mark.parametrize("name", ["colour", "help", "resume", "save_dir"])
+@pytest.mark.parametrize("name", ["colour", "help", "resume", "save_dir", "ray"])
 def test_an_option_that_this_version_lacks_is_named_with_the_versions(saved, name, capsys):
     folder, _ = saved
     change(folder, options=read_checkpoint(folder)["options"] | {name: "red"})
@@ -316,15 +305,11 @@ def test_a_run_that_has_reached_its_target_says_so(saved, capsys):
     assert message == "error: the run has reached its -5.0: name a higher --target-reward\n"
 
 
-def test_the_runs_own_options_hold_and_those_named_again_win(saved):
-    folder, shared = saved
-    zeros = {"entropy_coef": 0.0, "gae_lambda": 0.0, "record_every": 0, "target_reward": 0.0}
-    own = options(gamma=0.5, no_shared=True, max_steps=10**6, seed=0, **zeros)
-    shared.save(folder, own, 0.0)
-    argv = ["--resume", str(folder), "--lr", "0.5", "--num-processes", "7"]
-    args, _ = main.find_run(main.parse_args(argv), argv)
-    expected = vars(own) | {"lr": 0.5, "num_processes": 7, "resume": folder}
-    assert vars(args) == expected
+def test_a_wish_to_finish_does_not_take_back_one_to_stop():
+    shared = SharedState(options(), 1, 6)
+    for how in FINISH, STOP, FINISH:
+        shared.request_stop(how)
+    assert shared.stop == STOP
 
 
 # The best agent.

@@ -171,13 +171,6 @@ def test_runs_are_compared_under_names_that_tell_them_apart(
     assert not recwarn.list
 
 
-def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path, monkeypatch, drawn):
-    monkeypatch.chdir(tmp_path)
-    folders = [write_run(Path(f"run{n}"), lr=0.1 * n, episodes=30) for n in range(2)]
-    draw_comparison([folder / "episodes.csv" for folder in folders], Path("comparison.png"))
-    assert names_of(drawn[0]) == ["run0/episodes.csv", "run1/episodes.csv"]
-
-
 def test_a_home_that_cannot_be_written_is_no_news(tmp_path):
     run = write_run(tmp_path / "Löffel", episodes=30)
     home = {"HOME": "/dev/null/home", "TMPDIR": str(tmp_path)}

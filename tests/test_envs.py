@@ -1,6 +1,5 @@
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 
@@ -126,14 +125,6 @@ def test_only_the_playing_field_is_seen():
     assert not process_screen(screen, GREYS).any()
     np.testing.assert_allclose(
         process_screen(np.full((250, 160), 51, np.uint8), GREYS), 0.2, rtol=1e-6
-    )
-
-
-def test_halving_is_bilinear():
-    field = np.random.default_rng(0).random((160, 160), dtype=np.float32)
-    halved = cv2.resize(field, (80, 80), interpolation=cv2.INTER_AREA)
-    np.testing.assert_allclose(
-        halved, cv2.resize(field, (80, 80), interpolation=cv2.INTER_LINEAR), atol=1e-6
     )
 
 

@@ -13,6 +13,7 @@ from harness.episodes import (
     Episode,
     EpisodeLog,
     Scalars,
+    console_line,
     moving_mean,
     read_episodes,
 )
@@ -157,19 +158,19 @@ def test_the_mean_of_less_than_a_hundred_episodes_reaches_no_target(tmp_path):
     assert np.isnan(log.mean_reward()[1])
     assert not log.has_reached(-100.0)
     for n in range(WINDOW - 1):
-        log.append(episode(n, 5.0))
+        log.append(episode(n, 0.0))
     assert not log.has_reached(-100.0)
-    log.append(episode(WINDOW - 1, 5.0))
-    assert log.has_reached(5.0)
-    assert not log.has_reached(5.1)
+    log.append(episode(WINDOW - 1, 0.0))
+    assert log.has_reached(0.0)
+    assert not log.has_reached(0.1)
     assert not log.has_reached(None)
 
 
-def test_a_target_of_zero_is_a_target(tmp_path):
-    log = EpisodeLog(tmp_path, 0)
-    for n in range(WINDOW):
-        log.append(episode(n, 0.0))
-    assert log.has_reached(0.0)
+def test_a_line_of_the_console_has_hours_minutes_and_seconds():
+    row = Episode(245, 8015.9, 13_893_506, 1733, 21.0, 2641)
+    line = "Time 02h 13m 35s, num steps 13893506, FPS 1733, episode reward 21.0, "
+    line += "episode length 2641, mean100 18.5, FPS now 1828"
+    assert console_line(row, 18.5, "", 1828.0) == line
 
 
 # Reading.

@@ -112,6 +112,15 @@ def test_every_update_of_every_machine_reaches_the_run_exactly_once(shared):
         assert there.total_steps() == shared.total_steps()  # schedules and --max-steps go by it
 
 
+def test_a_host_takes_the_run_s_weights_before_it_learns(shared):
+    host = LinkOfHere(shared, io.StringIO()).join("a")
+    update(shared, random.Random(0))
+    report = host.learn(weights_of(shared.model).numpy(), shared.total_steps(), 0.0)
+    torch.testing.assert_close(weights_of(host._shared.model), weights_of(shared.model))
+    assert abs(report.change).max() < 1e-6
+    assert host._shared.total_steps() == 20
+
+
 def test_a_machine_starts_with_all_that_a_checkpoint_holds(shared):
     update(shared, random.Random(0))
     for p in shared.model.parameters():

@@ -1,12 +1,14 @@
 import argparse
 import contextlib
 import csv
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -76,7 +78,6 @@ LINE = re.compile(
         ("--save-dir FILE", "cannot write the run"),
         ("--save-dir FILE/below", "cannot write the run"),
         ("--save-dir RUN", "RUN already holds a run"),
-        ("--save-dir CURVE", "CURVE already holds a run: name another folder\n"),
         ("--save-dir=", "argument --save-dir: must not be empty"),
         ("--resume=", "argument --resume: must not be empty"),
         ("--entropy-schedule linear", "argument --entropy-schedule: linear needs --max-steps"),
@@ -101,8 +102,6 @@ def test_bad_input_is_one_line_and_status_2(argv, message, tmp_path, monkeypatch
     Path("RUN", "episodes.csv").write_text("kept")
     Path("KILLED").mkdir()
     Path("KILLED", "options.json").write_text("{}")
-    Path("CURVE").mkdir()
-    Path("CURVE", "learning_curve.png").touch()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         main.main(argv.split())
@@ -189,8 +188,6 @@ def test_options_that_are_named_again_win(argv, typed, changes, tmp_path):
         ("lr_schedule", "cosine", "argument --lr-schedule: invalid choice: 'cosine'"),
         ("lr_schedule", "linear", "argument --lr-schedule: linear needs --max-steps"),
         ("env_name", {}, "unknown environment '{}'"),
-        ("colour", "red", "made by another version of this program (with torch 2."),
-        ("help", True, "this one has no option help"),
         (3, True, "this one has no option 3"),
     ],
 )
@@ -259,6 +256,62 @@ def test_a_run_that_is_over_by_its_target_goes_on_to_a_higher_one(mean, way_on, 
         log.append(Episode(n, n, 0, 9, mean, 900))
     said = main.way_on(args, SharedState(args, 1, 6), tmp_path)
     assert said.endswith(f"--resume {tmp_path} --target-reward {way_on}")
+
+
+def test_the_seed_decides_the_first_weights(tmp_path):
+    def weights(run, seed):
+        argv = ["--save-dir", str(tmp_path / run), "--seed", seed]
+        with contextlib.ExitStack() as until_the_end:
+            _, shared, _ = main.prepare(argv, until_the_end)
+        return shared.model.conv1.weight.tolist()
+
+    assert weights("a", "1") == weights("b", "1")
+    assert weights("c", "1") != weights("d", "2")
+
+
+@pytest.mark.parametrize(
+    ("name", "way_on"),
+    [
+        ("options.json", ""),
+        ("episodes.csv", ""),
+        ("training.csv", ""),
+        ("best.pt", ""),
+        ("learning_curve.png", ""),
+        ("videos", ""),
+        ("checkpoint.pt", ", or --resume it"),
+    ],
+)
+def test_a_folder_that_holds_any_of_a_run_s_files_is_refused(name, way_on, tmp_path):
+    (tmp_path / name).symlink_to("nowhere")
+    args = main.parse_args(["--save-dir", str(tmp_path)])
+    with pytest.raises(ValueError, match=f"already holds a run: name another folder{way_on}$"):
+        main.make_run_folder(args)
+
+
+def test_dropped_rollouts_are_told_at_most_once_a_minute_and_at_the_end(
+    tmp_path, monkeypatch, capsys
+):
+    args = main.parse_args([])
+    shared, seconds = SharedState(args, 1, 6), itertools.count(step=40)
+
+    class Watched(contextlib.nullcontext):
+        def watch(self):
+            for num_dropped in 0, 2, 2, 2, 3, 5, 5:
+                shared.dropped[0] = num_dropped
+                yield
+
+        def all_ready(self):
+            return False
+
+    monkeypatch.setattr(main, "Supervisor", lambda *_: Watched(Watched()))
+    monkeypatch.setattr(main, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(main.workers, "ENVIRONMENT", {})
+    with main.workers.signals_held():
+        assert main.run(args, shared, tmp_path) == 0
+    out, err = capsys.readouterr()
+    why = "rollouts so far dropped, as loss or gradient was not finite"
+    assert err == f"2 {why}\n3 {why}\n5 {why}\n"
+    assert "Done after 0 steps, 5 rollouts dropped; the run lies in " in out
 
 
 def test_a_resumed_run_keeps_what_it_learned_by_before(tmp_path):

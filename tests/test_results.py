@@ -11,6 +11,7 @@ import pytest
 import torch
 from results_table import first_at
 
+import main
 import test as evaluator
 from harness.curves import draw_curve
 from harness.episodes import read_episodes
@@ -34,6 +35,17 @@ def test_the_readme_s_lines_of_python_play_it_and_win(monkeypatch, capsys):
     torch.manual_seed(0)
     exec(example, {})
     assert float(capsys.readouterr().out) > 0
+
+
+def test_the_readme_s_table_of_hyper_parameters_holds_the_defaults():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    defaults = vars(main.parse_args([]))
+    rows = re.findall(r"^\|[^|]+\| (`--[^|]+) \| ([^|]+) \|", readme, re.MULTILINE)
+    assert len(rows) == 7
+    for names, values in rows:
+        for name, value in zip(re.findall(r"--([\w-]+)", names), values.split(", "), strict=True):
+            default = defaults[name.replace("-", "_")]
+            assert type(default)(value) == default, name
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)

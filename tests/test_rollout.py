@@ -38,11 +38,14 @@ def stored_rollout(length, terminated, seed=0):
 
 
 def create_model(seed=1):
-    """A network whose policy is far from uniform, as one that has learnt."""
+    """A network with biases whose policy is far from uniform, as one that has learnt."""
     torch.manual_seed(seed)
     model = ActorCritic(1, 6)
     with torch.no_grad():
         model.actor_linear.weight.mul_(500)
+        for name, parameter in model.named_parameters():
+            if "bias" in name:
+                parameter.normal_(std=0.3)
     return model
 
 
@@ -107,7 +110,7 @@ def test_the_gradient_is_that_of_the_graph_that_grew_step_by_step(
 
 
 @backends
-@pytest.mark.parametrize("length", [1, 15, 16, 20])
+@pytest.mark.parametrize("length", [1, 15, 16])
 def test_three_updates_move_the_weights_as_adam_does(length, onednn, nnpack):
     model, twin = create_model(), textbook.create_model(1, 6)
     twin.load_state_dict(model.state_dict())

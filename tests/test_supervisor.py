@@ -206,3 +206,10 @@ def test_a_worker_that_cannot_be_started_at_all_ends_the_run_at_once(tmp_path, c
         Supervised(tmp_path, exit_once, context=context).watch()
     assert len(context.times) == 1
     assert capsys.readouterr().err == ""
+
+
+def test_what_dies_when_the_end_has_come_is_started_once_more(tmp_path, capsys):
+    context = CannotStart(refused=[])
+    run = Supervised(tmp_path, exit_once, context=context)
+    run.watch(look=lambda: run.stop.fill(FINISH))
+    assert len(context.times) == 2  # the test worker is to end an episode

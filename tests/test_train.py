@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import random
 from types import SimpleNamespace
@@ -74,7 +75,7 @@ def recorded_env(world, max_episode_length):
 
 
 class ShortGame(gym.Env):
-    """Noise to look at; the episode ends, or is truncated, at its third step."""
+    """Noise to look at, points lost and won; the episode ends, or is cut, at its third step."""
 
     def __init__(self, terminates, truncates):
         self.ends = terminates, truncates
@@ -88,7 +89,8 @@ class ShortGame(gym.Env):
     def step(self, action):
         self.num_steps += 1
         at_end = self.num_steps == 3
-        return self.observe(), 5.0, at_end and self.ends[0], at_end and self.ends[1], {}
+        reward = 5.0 * (-1) ** self.num_steps
+        return self.observe(), reward, at_end and self.ends[0], at_end and self.ends[1], {}
 
     def observe(self):
         rng = np.random.default_rng(self.num_steps)
@@ -165,10 +167,11 @@ def test_the_bootstrap_is_zero_after_an_end_and_the_critics_value_after_a_cut(
     model.load_state_dict(shared.model.state_dict())
     train_here(args, tmp_path, shared)
     (rollout,) = losses_of
-    assert rollout.rewards == [1.0] * length  # clipped
+    assert rollout.rewards == [-1.0, 1.0, -1.0, 1.0][:length]  # clipped
     assert rollout.values.shape == (length,)
     assert shared.total_steps() == length
-    episode = [5.0 * length, length, 1.0] if length < num_steps else [0.0, 0.0, 0.0]
+    played = 5.0 * sum(rollout.rewards), length, 1.0
+    episode = list(played) if length < num_steps else [0.0, 0.0, 0.0]
     assert shared.figures[0, -3:].tolist() == episode  # its reward is not clipped
     state = model.initial_state()
     for game.num_steps in range(length + 1):
@@ -208,18 +211,19 @@ def test_three_updates_hand_over_three_gradients_as_adam_would_take_them(
     def recorded_losses(*inputs):
         losses = a3c_losses(*inputs)
         policy_loss, value_loss, entropy = losses
-        loss = policy_loss + 0.5 * value_loss - 0.01 * entropy
+        loss = policy_loss + 0.25 * value_loss - 2.0 * entropy
         parameters = list(models[-1].parameters())
         expected.append(torch.autograd.grad(loss, parameters, retain_graph=True))
         return losses
 
     monkeypatch.setattr(train, "ActorCritic", recorded_model)
     monkeypatch.setattr(train, "a3c_losses", recorded_losses)
-    shared = create_shared(options())
+    args = options(value_loss_coef=0.25, entropy_coef=2.0)
+    shared = create_shared(args)
     before = [p.detach().clone() for p in shared.model.parameters()]
     twin = [p.clone().contiguous().requires_grad_() for p in before]
     with backend(onednn, nnpack):
-        train_here(options(), tmp_path, shared)
+        train_here(args, tmp_path, shared)
     received = shared.optimizers[0].gradients
     assert len(received) == len(expected) == 3
     twin_optimizer = torch.optim.Adam(twin, lr=1e-4)
@@ -281,6 +285,14 @@ def test_the_learning_rate_follows_its_schedule(schedule, expected, tmp_path):
     assert shared.optimizers[0].rates == pytest.approx([0.01 * factor for factor in expected])
 
 
+def test_the_weight_of_the_entropy_has_a_schedule_of_its_own():
+    args = options(max_steps=100, entropy_schedule="linear")
+    shared = create_shared(args)
+    shared.steps[0] = 75
+    rates = train.learning_rate_and_beta(args, shared, shared.optimizers[0])
+    assert rates == pytest.approx((1e-4, 0.01 / 4))
+
+
 def test_an_agent_to_start_from_is_not_moved_by_full_steps_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "WARM_UP", 4)
     args = options(max_steps=200, lr=0.01, init="runs/before")
@@ -294,10 +306,42 @@ def test_what_the_workers_learn_by_is_added_up(losses_of, tmp_path):
     shared = train_here(options(max_steps=100), tmp_path)
     means, _, sums = shared.mean_figures(since=torch.zeros(()))
     assert means["entropy"] == pytest.approx(np.log(6), abs=0.01)  # nats a step
+    assert means["value_loss"] > 0
     assert means["learning_rate"] == pytest.approx(1e-4)
     assert means["gradient_norm"] > 0
     assert sums[0] == sum(len(call.rewards) for call in losses_of) == 100
     assert shared.mean_figures(since=sums)[0] == {}
+
+
+def test_no_two_workers_and_no_two_sessions_draw_the_same(monkeypatch, tmp_path):
+    def drawn(rank, restarts, seed):
+        game, drawn = ShortGame(True, False), []
+        reset, step = game.reset, game.step
+        game.reset = lambda seed=None, options=None: drawn.append(seed) or reset()
+        game.step = lambda action: drawn.append(action) or step(action)
+        make = lambda _, **limit: recorded_env(game, **limit)  # noqa: E731
+        monkeypatch.setattr(train, "create_atari_env", make)
+        args = options(num_processes=2, seed=seed)
+        train.train(rank, args, create_shared(args), tmp_path, restarts)
+        return tuple(drawn)
+
+    games = [drawn(*worker) for worker in [(0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 2)]]
+    assert len({game[0] for game in games}) == len({game[1:] for game in games}) == 4
+    assert drawn(0, 0, 1) == games[0]
+
+
+def test_a_worker_has_counts_an_adam_and_a_turn_of_its_own(monkeypatch, tmp_path):
+    turns = []
+    turn = lambda _, rank: turns.append(rank) or contextlib.nullcontext()  # noqa: E731
+    monkeypatch.setattr(train, "CoreTurn", turn)
+    args = options(num_processes=2, no_shared=True)
+    shared = SharedState(args, 1, 6)
+    train.train(1, args, shared, tmp_path, 0)
+    assert turns == [1]
+    assert [optimizer.num_updates() for optimizer in shared.optimizers] == [0, 3]
+    assert shared.ready.tolist() == [0, 1, 0, 0]
+    assert shared.steps.tolist() == [0, 60, 0]
+    assert shared.figures.any(dim=1).tolist() == [False, True, False]
 
 
 def test_a_worker_s_normaliser_starts_from_the_run_s_and_is_its_own(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Signals, locks and turns, and the supervision, with processes that do what they are told."""
+"""Signals, locks and turns, with processes that do what they are told."""
 
 import errno
 import itertools
