@@ -17,13 +17,15 @@ MOST_POINTS = 2000  # of a curve: a run of weeks is drawn as fast as one of an h
 
 
 def _matplotlib_figure() -> object:
-    """Return a new figure; matplotlib is imported here, as only one process draws."""
-    if not os.access(
-        os.path.expanduser("~"), os.W_OK
-    ):  # where it would keep its list of fonts, and complain
-        cache = Path(tempfile.gettempdir(), f"a3c-matplotlib-{os.getuid()}")
-        cache.mkdir(mode=0o700, exist_ok=True)
-        os.environ.setdefault("MPLCONFIGDIR", str(cache))
+    """Return a new figure; matplotlib is imported here, as only one process draws.
+
+    Its own font is enough. To list the system's takes ten seconds on a Mac, longer than a stopped
+    run may last. So the list lies in a folder of ours, which may also be written where a home may
+    not.
+    """
+    cache = Path(tempfile.gettempdir(), f"a3c-matplotlib-{os.getuid()}")
+    cache.mkdir(mode=0o700, exist_ok=True)
+    os.environ |= {"MPL_IGNORE_SYSTEM_FONTS": "1", "MPLCONFIGDIR": str(cache)}
     import logging
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells that it builds that list

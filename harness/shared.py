@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from harness.checkpoint import (
     load_weights,
     valid_statistics,
 )
-from harness.utils import reason, report_write_errors, write
+from harness.utils import ALLOW_MORE_FILES, reason, report_write_errors, write
 from harness.workers import GO_ON
 from model import ActorCritic
 from my_optim import SharedAdam
@@ -198,7 +199,9 @@ class SharedState:
 
 def _no_shared_memory(error: RuntimeError, num_optimizers: int) -> OSError:
     if "Too many open files" in str(error):
-        return OSError(f"{reason(error)}: allow more, as with ulimit -n 1024")
+        return OSError(f"{reason(error)}{ALLOW_MORE_FILES}")
+    if sys.platform != "linux":
+        return OSError(f"no shared memory: {reason(error)}")
     mebibytes = 4 + 5 * num_optimizers  # weights and counts, and each Adam's moments
     return OSError(
         f"{reason(error)}: {mebibytes} MiB of shared memory are needed (/dev/shm; in a container, "

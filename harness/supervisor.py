@@ -1,6 +1,7 @@
 """Processes under supervision: they are started, watched, started again, and ended."""
 
 import contextlib
+import errno
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from harness.utils import complain, reason, report_write_errors
+from harness.utils import ALLOW_MORE_FILES, complain, reason, report_write_errors
 from harness.workers import CHILD_OF, FINISH, GRACE, STOP, num_cores
 
 MAX_DEATHS, DEATHS_WITHIN = 3, 600.0  # of one worker, within so many seconds; one more ends the run
@@ -152,7 +153,8 @@ class Supervisor:
         try:
             process.start()
         except (OSError, RuntimeError) as error:  # too many processes or open files, no memory
-            what = f"could not be started: {reason(error)}"
+            hint = ALLOW_MORE_FILES if getattr(error, "errno", None) == errno.EMFILE else ""
+            what = f"could not be started: {reason(error)}{hint}"
             if is_first_start and job.is_vital:  # waiting would not help: too many for this machine
                 raise DiedTooOftenError(f"{job.name} {what}") from None
             worker.not_before = time.monotonic() + START_AGAIN_AFTER

@@ -3,15 +3,17 @@
 import argparse
 import contextlib
 import errno
+import fcntl
 import itertools
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import BinaryIO, NoReturn, TextIO
 
 LARGEST_INT = 2**63 - 1  # of 64 bits
+ALLOW_MORE_FILES = ": allow more, as with ulimit -n 1024"  # after "Too many open files"
 
 
 def say(message: str, file: TextIO | None = None) -> None:
@@ -58,6 +60,13 @@ def report_write_errors(path: Path) -> Iterator[None]:
         complain(f"{path} not written: {reason(error)}")
 
 
+def _wait_for_the_disk(file: BinaryIO) -> None:
+    try:
+        fcntl.fcntl(file, fcntl.F_FULLFSYNC)  # on a Mac fsync would not wait for the drive
+    except (AttributeError, OSError):
+        os.fsync(file)
+
+
 def write(data: bytes, path: Path) -> None:
     """Write beside `path` and rename, so that there always is a whole file; raise `OSError`."""
     path = Path(os.path.realpath(path))  # what a symbolic link points to
@@ -66,7 +75,7 @@ def write(data: bytes, path: Path) -> None:
         with open(beside, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            _wait_for_the_disk(file)
         beside.replace(path)
     except OSError:
         with contextlib.suppress(OSError):

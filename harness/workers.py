@@ -18,7 +18,7 @@ from harness.utils import complain, reason
 # inherit.
 ENVIRONMENT = {
     # More threads would only fight for the cores, which the processes fill. PyTorch reads the first
-    # two, NumPy the third or, on macOS, the last.
+    # two, NumPy the third; on macOS both read the last.
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",

@@ -1,4 +1,6 @@
 import os
+import re
+import sys
 import threading
 
 import pytest
@@ -150,6 +152,25 @@ def test_what_could_not_be_resumed_takes_no_checkpoint_s_place(saved, spoil, cap
     shared.save(folder, options(), 60.0)
     assert (folder / "checkpoint.pt").read_bytes() == before
     assert "not written: weights or Adam's moments are not finite\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("platform", "message"),
+    [
+        ("linux", "no room: 9 MiB of shared memory are needed (/dev/shm; in a container, --shm-"),
+        ("darwin", "no shared memory: no room"),
+    ],
+)
+def test_where_there_is_no_shared_memory_the_message_fits_the_system(
+    platform, message, monkeypatch
+):
+    def fail(*_):
+        raise RuntimeError("no room\nand more")
+
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    with pytest.raises(OSError, match=f"^{re.escape(message)}"):
+        SharedState(options(), 1, 6)
 
 
 def test_the_figures_of_learning_are_means_since_they_were_asked_for():

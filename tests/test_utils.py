@@ -187,6 +187,22 @@ def test_a_full_disk_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("drive_can", [True, False])
+def test_on_a_mac_writing_waits_for_the_drive_where_that_can(drive_can, tmp_path, monkeypatch):
+    asked = []
+
+    def ask(file, command):
+        asked.append(command)
+        if not drive_can:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(utils.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(utils.fcntl, "fcntl", ask)
+    write(b"new", tmp_path / "file")
+    assert asked == [51]
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
 def test_a_symbolic_link_is_followed_and_stays(tmp_path):
     disk, folder = tmp_path / "disk", tmp_path / "folder"
     disk.mkdir()
