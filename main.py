@@ -12,10 +12,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import importlib.util
-import itertools
-import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -29,10 +26,11 @@ import torch.multiprocessing as mp
 
 from envs import create_atari_env, find_game
 from harness import link, utils
-from harness.checkpoint import checkpoint_of, describe_versions, read_checkpoint
+from harness.checkpoint import checkpoint_of, make_run_folder, read_checkpoint
 from harness.episodes import TRAINING, EpisodeLog
+from harness.resume import options_of, refuse_if_over, way_on
 from harness.settings import options_until, write_options
-from harness.shared import OF_A_SESSION, SharedState
+from harness.shared import SharedState
 from harness.supervisor import DiedTooOftenError, Job, Supervisor
 from harness.utils import complain, fail, number, one_of, reason, say
 from test import evaluate
@@ -122,27 +120,6 @@ def parse_args(argv: list[str] | None = None, **defaults: Any) -> argparse.Names
     return args
 
 
-def options_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's own options, as defaults for `parse_args`.
-
-    Raises `ValueError` if this version lacks one of them, or if one cannot have its value.
-    """
-    known = vars(make_parser().parse_args([]))
-    options = checkpoint["options"]
-    unknown = [str(name) for name in options if name not in known or name in OF_A_SESSION]
-    if unknown:
-        made_with = describe_versions(checkpoint)
-        raise ValueError(
-            f"the run was made by another version of this program (with {made_with}): "
-            f"this one has no option {', '.join(unknown)}"
-        )
-    for name, value in options.items():
-        is_switch = isinstance(known[name], bool)
-        if isinstance(value, bool) != is_switch or (value is None and known[name] is not None):
-            raise ValueError(f"the run's option {name} cannot be {value!r}")
-    return {k: v if isinstance(v, bool | None) else str(v) for k, v in options.items()}
-
-
 def find_run(
     args: argparse.Namespace, argv: list[str] | None
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -151,45 +128,11 @@ def find_run(
     Raises `OSError` or `ValueError` if it cannot be resumed.
     """
     checkpoint = read_checkpoint(args.resume)
-    own = options_of(checkpoint)  # those typed now win
+    own = options_of(checkpoint, known=vars(make_parser().parse_args([])))  # those typed now win
     args = parse_args(argv, **own)
     if args.env_name != own.get("env_name", args.env_name):
         raise ValueError(f"the run in {args.resume} plays {own['env_name']}, not {args.env_name}")
     return args, checkpoint
-
-
-def refuse_if_over(args: argparse.Namespace, shared: SharedState, log: EpisodeLog) -> None:
-    """Raise `ValueError` if the run to resume has reached its end."""
-    if shared.has_made(args.max_steps):
-        raise ValueError(f"the run has made its {args.max_steps} steps: name a higher --max-steps")
-    if log.has_reached(args.target_reward):
-        reached = f"the run has reached its {args.target_reward}"
-        raise ValueError(f"{reached}: name a higher --target-reward")
-
-
-def make_run_folder(args: argparse.Namespace) -> Path:
-    """Make the folder that a new run writes to.
-
-    Raises `OSError` if it cannot be written, `ValueError` if it is another run's.
-    """
-    try:
-        if args.save_dir is None:
-            Path("runs").mkdir(exist_ok=True)
-            for k in itertools.count(1):
-                folder = Path("runs", f"{args.env_name.replace('/', '-')}-{k}")
-                with contextlib.suppress(FileExistsError):
-                    folder.mkdir()
-                    return folder
-        args.save_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write the run: {error}") from error
-    drawn = "learning_curve.png", "videos"
-    files = "options.json", "episodes.csv", TRAINING, "checkpoint.pt", "best.pt", *drawn
-    held = [name for name in files if os.path.lexists(args.save_dir / name)]
-    if held:
-        or_resume = ", or --resume it" if "checkpoint.pt" in held else ""
-        raise ValueError(f"{args.save_dir} already holds a run: name another folder{or_resume}")
-    return args.save_dir
 
 
 def prepare(
@@ -223,7 +166,7 @@ def prepare(
         else:
             if args.init is not None:
                 shared.start_from(Path(args.init), args.env_name)
-            run_folder = make_run_folder(args)
+            run_folder = make_run_folder(args.save_dir, args.env_name)
             until_the_end.enter_context(workers.run_folder_locked(run_folder))
         (run_folder / "videos").mkdir(exist_ok=True)
         write_options(options, run_folder)
@@ -282,8 +225,10 @@ def run(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> int:
                 ended_by = ended_by or workers.next_signal()
                 if ended_by:
                     shared.request_stop(workers.STOP)
+                # Or the workers that are still to start would, for nothing. The test worker is to
+                # play one episode, however few steps there are.
                 if shared.has_made(args.max_steps) and shared.ready[args.num_processes]:
-                    shared.request_stop(workers.FINISH)  # or more workers would start
+                    shared.request_stop(workers.FINISH)
                 if args.max_time is not None and now - started > 3600 * args.max_time:
                     shared.request_stop(workers.FINISH)
                 if now - last_save > args.checkpoint_interval:
@@ -311,34 +256,13 @@ def run(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> int:
     else:
         outcome, status = ("Gave up", 1) if gave_up else ("Done", 0)
     dropped = int(shared.dropped.sum())
+    script = sys.argv[0] if __name__ == "__main__" else __file__
     say(
         f"{outcome} after {shared.total_steps()} steps"
         f"{f', {dropped} rollouts dropped' if dropped else ''}; the run lies in {run_folder}, "
-        f"and {way_on(args, shared, run_folder)}"
+        f"and {way_on(args, shared, run_folder, script)}"
     )
     return status
-
-
-def way_on(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> str:
-    """Return how to go on from the run, with a command, by this Python."""
-    script = sys.argv[0] if __name__ == "__main__" else __file__
-    folder = f"./{run_folder}" if str(run_folder).startswith("-") else str(run_folder)
-    command = [sys.executable, script]
-    is_over = shared.has_made(args.max_steps)
-    if is_over and "linear" in (args.lr_schedule, args.entropy_schedule):
-        # To resume it with more steps would undo what the end of the schedule has refined.
-        command += ["--env-name", args.env_name, "--init", folder]
-        return f"a new run starts from its agent with: {shlex.join(command)}"
-    command += ["--resume", folder]
-    if is_over:
-        command += ["--max-steps", str(2 * args.max_steps)]
-    with contextlib.suppress(OSError, ValueError):
-        log = EpisodeLog(run_folder, shared.total_steps())
-        if log.has_reached(args.target_reward):
-            command += ["--target-reward", str(math.floor(log.mean_reward()[1]) + 1)]
-    if args.ray:
-        command += ["--ray", args.ray]
-    return f"goes on with: {shlex.join(command)}"
 
 
 if __name__ == "__main__":

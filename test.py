@@ -38,10 +38,11 @@ from harness.episodes import (
     console_line,
     progress,
     read_episodes,
+    training_row,
 )
 from harness.shared import SharedState
-from harness.utils import fail, number, report_write_errors, say, set_aside
-from harness.video import Video
+from harness.utils import fail, number, report_write_errors, say
+from harness.video import Video, video_path
 from harness.workers import FINISH, STOP, CoreTurn
 from model import ActorCritic, State
 
@@ -94,29 +95,6 @@ def play_episode(
     return total_reward, int(info["episode"]["l"])
 
 
-def training_row(
-    row: Episode, log: EpisodeLog, num_trained: int, figures: dict[str, float]
-) -> Episode:
-    """Return training.csv's row for the time since the last test episode; `row` is this one's.
-
-    `log` is training.csv, `num_trained` the number of training episodes in that time, `figures`
-    their means, see `SharedState.mean_figures`.
-    """
-    reward, length = figures["training_reward"], figures["training_length"]
-    last = log.next_episode + num_trained - 1
-    return row._replace(episode=last, reward=round(reward, 2), length=round(length))
-
-
-def video_path(episode: int, args: argparse.Namespace, run_folder: Path) -> Path | None:
-    """Return where this test episode is to be recorded, None if nowhere."""
-    if not args.record_every or episode % args.record_every:
-        return None
-    path = run_folder / "videos" / f"rl-video-episode-{episode}.mp4"
-    if path.exists():  # of an episode after the checkpoint that the run goes on from
-        set_aside(path)
-    return path
-
-
 def evaluate(
     args: argparse.Namespace, shared: SharedState, started: float, run_folder: Path, restarts: int
 ) -> None:
@@ -144,7 +122,8 @@ def evaluate(
     while not finished:
         model.load_state_dict(shared.model.state_dict())
         episode = log.next_episode
-        video = Video(video_path(episode, args, run_folder), env, args.annotate)
+        path = video_path(run_folder, episode, args.record_every)
+        video = Video(path, env, args.annotate)
         stopped = lambda: shared.stop >= STOP  # noqa: E731
         outcome = play_episode(env, model, rng, video, turn=turn, stopped=stopped)
         turn.end()
@@ -206,12 +185,7 @@ def play(args: argparse.Namespace) -> None:
         reward, length = play_episode(env, model, rng, video, greedy=args.greedy, seed=seed)
         rewards.append(reward)
         say(f"episode {episode}, episode reward {reward:.1f}, episode length {length}")
-    summary = {
-        "mean": np.mean(rewards),
-        "std": np.std(rewards),
-        "min": min(rewards),
-        "max": max(rewards),
-    }
+    summary = {name: getattr(np, name)(rewards) for name in ("mean", "std", "min", "max")}
     figures = ", ".join(f"{name} {value:.2f}" for name, value in summary.items())
     say(f"{args.episodes} episodes: {figures}")
     if args.json:
@@ -222,26 +196,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (or `argv`); bad input is one line and exit status 2."""
     parser = argparse.ArgumentParser("test.py", description="Play a saved agent, or draw runs.")
     parser.error = fail
-    path = utils.nonempty_path
-    parser.add_argument("agent", type=path, nargs="?", help="run folder, best.pt or checkpoint.pt")
-    parser.add_argument(
-        "--plot", type=path, nargs="+", metavar="RUN", help="draw into comparison.png"
-    )
-    parser.add_argument("--games", action="store_true", help="list the games")
-    parser.add_argument("--episodes", type=number(int, 1), default=10, help="to play (default: 10)")
-    parser.add_argument(
-        "--greedy", action="store_true", help="likeliest action instead of sampling"
-    )
-    parser.add_argument(
-        "--seed", type=number(int, 0), default=1, help="of games and sampling (default: 1)"
-    )
+    add, path, switch = parser.add_argument, utils.nonempty_path, "store_true"
+    add("agent", type=path, nargs="?", help="run folder, best.pt or checkpoint.pt")
+    add("--plot", type=path, nargs="+", metavar="RUN", help="draw into comparison.png")
+    add("--games", action=switch, help="list the games")
+    add("--episodes", type=number(int, 1), default=10, help="to play (default: 10)")
+    add("--greedy", action=switch, help="likeliest action instead of sampling")
+    add("--seed", type=number(int, 0), default=1, help="of games and sampling (default: 1)")
     record = "first episode as .mp4; if short, as .gif"
-    parser.add_argument("--record", type=path, metavar="FILE", help=record)
-    parser.add_argument(
-        "--annotate", action="store_true", help="what the agent sees and thinks beside it"
-    )
-    parser.add_argument("--render", choices=("human",), help="show the game on the screen")
-    parser.add_argument("--json", action="store_true", help="summary as JSON in the last line")
+    add("--record", type=path, metavar="FILE", help=record)
+    add("--annotate", action=switch, help="what the agent sees and thinks beside it")
+    add("--render", choices=("human",), help="show the game on the screen")
+    add("--json", action=switch, help="summary as JSON in the last line")
     args = parser.parse_args(argv)
     if sum([args.agent is not None, args.plot is not None, args.games]) != 1:
         fail("name an agent to play (a run folder, best.pt), or --plot runs, or --games")
@@ -250,11 +216,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         fail("argument --record: must be an .mp4 or .gif file, without --render")
     if record and not os.access(record if record.exists() else record.parent, os.W_OK):
         fail(f"argument --record: cannot write {record}: name a file in a folder of yours")
-    if (
-        args.render
-        and sys.platform == "linux"
-        and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-    ):
+    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if args.render and not has_display:
         fail("argument --render: there is no display here; try --record")
     return args
 

@@ -1,7 +1,9 @@
-"""A run's files: checkpoint.pt to resume, best.pt to play."""
+"""A run's folder, and its files to go on from: checkpoint.pt to resume, best.pt to play."""
 
+import contextlib
 import copy
 import io
+import itertools
 import math
 import os
 import zipfile
@@ -18,6 +20,16 @@ from harness.utils import reason, report_write_errors, set_aside, write
 from model import ActorCritic
 
 VERSIONS = {name: version(name) for name in ("torch", "gym", "ale-py", "numpy")}
+# By any of these in a folder, a run is known to be there.
+FILES = (
+    "options.json",
+    "episodes.csv",
+    "training.csv",
+    "checkpoint.pt",
+    "best.pt",
+    "learning_curve.png",
+    "videos",
+)
 
 
 def load_weights(model: ActorCritic, weights: dict[str, Tensor]) -> None:
@@ -146,6 +158,29 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise ValueError(f"{path} is damaged, or not one of this program's files")
     return contents
+
+
+def make_run_folder(path: Path | None, env_name: str) -> Path:
+    """Make the folder that a new run writes to: `path` or, if None, the next free one in runs/.
+
+    Raises `OSError` if it cannot be written, `ValueError` if it is another run's.
+    """
+    try:
+        if path is None:
+            Path("runs").mkdir(exist_ok=True)
+            for k in itertools.count(1):
+                folder = Path("runs", f"{env_name.replace('/', '-')}-{k}")
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir()
+                    return folder
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write the run: {error}") from error
+    held = [name for name in FILES if os.path.lexists(path / name)]
+    if held:
+        or_resume = ", or --resume it" if "checkpoint.pt" in held else ""
+        raise ValueError(f"{path} already holds a run: name another folder{or_resume}")
+    return path
 
 
 def checkpoint_of(run_folder: Path) -> Path:

@@ -157,6 +157,19 @@ class EpisodeLog:
         return target is not None and num == WINDOW and mean >= target
 
 
+def training_row(
+    row: Episode, log: EpisodeLog, num_trained: int, figures: dict[str, float]
+) -> Episode:
+    """Return training.csv's row for the time since the last test episode; `row` is this one's.
+
+    `log` is training.csv, `num_trained` the number of training episodes in that time, `figures`
+    their means, see `SharedState.mean_figures`.
+    """
+    reward, length = figures["training_reward"], figures["training_length"]
+    last = log.next_episode + num_trained - 1
+    return row._replace(episode=last, reward=round(reward, 2), length=round(length))
+
+
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Return the mean of the last `window` values at each, of all so far while they are fewer."""
     sums = np.cumsum(np.insert(values, 0, 0.0))

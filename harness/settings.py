@@ -83,7 +83,8 @@ def options_until(run_folder: Path, options: dict[str, Any], num_steps: int) -> 
     if before is None:
         return {}
     until = before.get("until")
-    until = until if isinstance(until, dict) else {}
+    if not (isinstance(until, dict) and all(isinstance(e, dict) for e in until.values())):
+        until = {}
     then, now = _learned_by(before), _learned_by(options)
     changed = {name: then.get(name) for name in then | now if then.get(name) != now.get(name)}
     # An earlier session that made no step, or no checkpoint, leaves what was there before it.

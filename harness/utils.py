@@ -29,8 +29,9 @@ def say(message: str, file: TextIO | None = None) -> None:
         file.write(message.encode(encoding, "replace").decode(encoding) + "\n")
         file.flush()
     except (OSError, ValueError) as error:  # which is no reason to die
-        if getattr(error, "errno", None) not in (errno.EPIPE, errno.EIO, errno.EBADF, None):
-            return  # a log on a full disk, say, where there may be space again; else it has gone
+        is_closed = isinstance(error, ValueError)
+        if not (is_closed or error.errno in (errno.EPIPE, errno.EIO, errno.EBADF)):
+            return  # a full disk, say, where the next line may find space again
         name = "stderr" if file is sys.stderr else "stdout"
         setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for good
 

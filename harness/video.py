@@ -10,9 +10,23 @@ import gym
 import numpy as np
 from imageio_ffmpeg import count_frames_and_secs, write_frames
 
-from harness.utils import report_write_errors
+from harness.utils import report_write_errors, set_aside
 
 WHITE, GREY, GREEN, BLUE = (235, 235, 235), (120, 120, 120), (110, 220, 110), (110, 170, 255)
+
+
+def video_path(run_folder: Path, episode: int, record_every: int) -> Path | None:
+    """Return where this test episode is to be recorded, None if it is not.
+
+    A video that is there, of an episode after the checkpoint that the run goes on from, is set
+    aside.
+    """
+    if not record_every or episode % record_every:
+        return None
+    path = run_folder / "videos" / f"rl-video-episode-{episode}.mp4"
+    if path.exists():
+        set_aside(path)
+    return path
 
 
 class Video:

@@ -8,7 +8,14 @@ import torch
 from conftest import options
 
 import main
-from harness.checkpoint import BestAgent, dump, load_agent, read, read_checkpoint
+from harness.checkpoint import (
+    BestAgent,
+    dump,
+    load_agent,
+    make_run_folder,
+    read,
+    read_checkpoint,
+)
 from harness.episodes import WINDOW, Episode, EpisodeLog
 from harness.shared import SharedState
 from harness.utils import write
@@ -62,6 +69,35 @@ def refused(argv, capsys):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     return err
+
+
+# The run folder.
+
+
+def test_run_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [str(make_run_folder(None, "ALE/Pong-v5")) for _ in range(2)] == [
+        "runs/ALE-Pong-v5-1",
+        "runs/ALE-Pong-v5-2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "way_on"),
+    [
+        ("options.json", ""),
+        ("episodes.csv", ""),
+        ("training.csv", ""),
+        ("best.pt", ""),
+        ("learning_curve.png", ""),
+        ("videos", ""),
+        ("checkpoint.pt", ", or --resume it"),
+    ],
+)
+def test_a_folder_that_holds_any_of_a_run_s_files_is_refused(name, way_on, tmp_path):
+    (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(ValueError, match=f"already holds a run: name another folder{way_on}$"):
+        make_run_folder(tmp_path, "Pong-v0")
 
 
 # Saving and resuming.

@@ -15,9 +15,10 @@ import pytest
 
 import main
 from harness.checkpoint import dump, read
-from harness.episodes import HEADER, Episode, EpisodeLog
+from harness.episodes import HEADER, Episode
 from harness.shared import SharedState
 from harness.utils import write
+from harness.workers import FINISH, GO_ON
 
 ROOT = Path(main.__file__).parent
 AGENT = ROOT / "results/Pong-v0.pt"
@@ -113,15 +114,6 @@ def test_bad_input_is_one_line_and_status_2(argv, message, tmp_path, monkeypatch
     assert message in err
     assert sorted(tmp_path.rglob("*")) == before
     assert Path("RUN", "episodes.csv").read_text() == "kept"
-
-
-def test_run_folders_are_numbered(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = main.parse_args(["--env-name", "ALE/Pong-v5"])
-    assert [str(main.make_run_folder(args)) for _ in range(2)] == [
-        "runs/ALE-Pong-v5-1",
-        "runs/ALE-Pong-v5-2",
-    ]
 
 
 @pytest.mark.parametrize("what", ["a link to nothing", "a file"])
@@ -220,44 +212,6 @@ def test_rows_after_the_checkpoint_are_set_aside_before_any_worker_counts_on(tmp
         assert (tmp_path / f"{name}.bak").read_text() == f"{rows[1]}\n"
 
 
-@pytest.mark.parametrize(
-    ("argv", "way_on"),
-    [
-        ("", "goes on with: PYTHON --resume RUN"),
-        ("--ray", "goes on with: PYTHON --resume RUN --ray 127.0.0.1:6379"),
-        ("--max-steps 500", "goes on with: PYTHON --resume RUN"),
-        ("--max-steps 100", "goes on with: PYTHON --resume RUN --max-steps 200"),
-        ("--max-steps 500 --lr-schedule linear", "goes on with: PYTHON --resume RUN"),
-        *[
-            (
-                f"--max-steps 100 --{schedule}-schedule linear",
-                "a new run starts from its agent with: PYTHON --env-name Pong-v0 --init RUN",
-            )
-            for schedule in ("lr", "entropy")  # where more steps would begin with a high one again
-        ],
-    ],
-)
-def test_a_run_s_end_says_how_to_go_on(argv, way_on, tmp_path):
-    args = main.parse_args(argv.split())
-    shared = SharedState(args, 1, 6)
-    shared.steps[0] = 100
-    command = f"{sys.executable} {main.__file__}"
-    expected = way_on.replace("PYTHON", command).replace("RUN", str(tmp_path))
-    assert main.way_on(args, shared, tmp_path) == expected
-
-
-@pytest.mark.parametrize(
-    ("mean", "way_on"), [(-1000.0, "-999"), (1050.25, "1051"), (3e6, "3000001")]
-)
-def test_a_run_that_is_over_by_its_target_goes_on_to_a_higher_one(mean, way_on, tmp_path):
-    args = main.parse_args(["--target-reward", str(mean - 50)])
-    log = EpisodeLog(tmp_path, 0)
-    for n in range(100):
-        log.append(Episode(n, n, 0, 9, mean, 900))
-    said = main.way_on(args, SharedState(args, 1, 6), tmp_path)
-    assert said.endswith(f"--resume {tmp_path} --target-reward {way_on}")
-
-
 def test_the_seed_decides_the_first_weights(tmp_path):
     def weights(run, seed):
         argv = ["--save-dir", str(tmp_path / run), "--seed", seed]
@@ -269,45 +223,48 @@ def test_the_seed_decides_the_first_weights(tmp_path):
     assert weights("c", "1") != weights("d", "2")
 
 
-@pytest.mark.parametrize(
-    ("name", "way_on"),
-    [
-        ("options.json", ""),
-        ("episodes.csv", ""),
-        ("training.csv", ""),
-        ("best.pt", ""),
-        ("learning_curve.png", ""),
-        ("videos", ""),
-        ("checkpoint.pt", ", or --resume it"),
-    ],
-)
-def test_a_folder_that_holds_any_of_a_run_s_files_is_refused(name, way_on, tmp_path):
-    (tmp_path / name).symlink_to("nowhere")
-    args = main.parse_args(["--save-dir", str(tmp_path)])
-    with pytest.raises(ValueError, match=f"already holds a run: name another folder{way_on}$"):
-        main.make_run_folder(args)
+@pytest.fixture
+def run_here(tmp_path, monkeypatch):
+    """main.run, but no process starts: `happens` goes on between its looks, 40 s apart."""
+
+    def run_here(args, shared, happens):
+        class Watched(contextlib.nullcontext):
+            watch, all_ready = staticmethod(lambda: happens), staticmethod(lambda: False)
+
+        seconds = itertools.count(step=40)
+        monkeypatch.setattr(main, "Supervisor", lambda *_: Watched(Watched()))
+        monkeypatch.setattr(main, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+        monkeypatch.setattr(main.workers, "ENVIRONMENT", {})
+        with main.workers.signals_held():
+            return main.run(args, shared, tmp_path)
+
+    return run_here
 
 
-def test_dropped_rollouts_are_told_at_most_once_a_minute_and_at_the_end(
-    tmp_path, monkeypatch, capsys
-):
+def test_after_the_last_step_no_more_workers_start_once_the_test_worker_has(run_here):
+    args = main.parse_args(["--max-steps", "100"])
+    shared, stops = SharedState(args, 1, 6), []
+
+    def happens():
+        for steps, is_ready in (99, True), (100, False), (100, True):
+            shared.steps[0], shared.ready[args.num_processes] = steps, is_ready
+            yield
+            stops.append(int(shared.stop))
+
+    assert run_here(args, shared, happens()) == 0
+    assert stops == [GO_ON, GO_ON, FINISH]
+
+
+def test_dropped_rollouts_are_told_at_most_once_a_minute_and_at_the_end(run_here, capsys):
     args = main.parse_args([])
-    shared, seconds = SharedState(args, 1, 6), itertools.count(step=40)
+    shared = SharedState(args, 1, 6)
 
-    class Watched(contextlib.nullcontext):
-        def watch(self):
-            for num_dropped in 0, 2, 2, 2, 3, 5, 5:
-                shared.dropped[0] = num_dropped
-                yield
+    def happens():
+        for num_dropped in 0, 2, 2, 2, 3, 5, 5:
+            shared.dropped[0] = num_dropped
+            yield
 
-        def all_ready(self):
-            return False
-
-    monkeypatch.setattr(main, "Supervisor", lambda *_: Watched(Watched()))
-    monkeypatch.setattr(main, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    monkeypatch.setattr(main.workers, "ENVIRONMENT", {})
-    with main.workers.signals_held():
-        assert main.run(args, shared, tmp_path) == 0
+    assert run_here(args, shared, happens()) == 0
     out, err = capsys.readouterr()
     why = "rollouts so far dropped, as loss or gradient was not finite"
     assert err == f"2 {why}\n3 {why}\n5 {why}\n"

@@ -83,8 +83,9 @@ def test_a_run_that_was_resumed_with_other_options_is_no_seed_of_those_that_alwa
     path.write_text(json.dumps(same | {"until": until | {"200": {"lr": 0.25}}}))
     assert read_setting(runs[0]) != read_setting(runs[1])
 
-    path.write_text(json.dumps(same | {"until": 3}))
-    assert options_until(runs[0], same, 100) == {}
+    for foreign in 3, {"100": 3}:
+        path.write_text(json.dumps(same | {"until": foreign}))
+        assert options_until(runs[0], same, 100) == {}
     path.write_text("[]")
     assert options_until(runs[0], other, 100) == {}
     path.unlink()

@@ -195,19 +195,6 @@ def test_the_run_is_to_finish_when_a_hundred_test_episodes_have_reached_the_targ
     assert [e.episode for e in EpisodeLog(tmp_path, 0).episodes] == list(range(100))
 
 
-def test_a_video_of_before_is_set_aside_where_its_episode_is_played_again(tmp_path):
-    args = options(record_every=3)
-    (tmp_path / "videos").mkdir()
-    path = evaluator.video_path(6, args, tmp_path)
-    assert path == tmp_path / "videos/rl-video-episode-6.mp4"
-    path.write_bytes(b"game")
-    assert evaluator.video_path(6, args, tmp_path) == path
-    assert not path.exists()
-    assert path.with_name(f"{path.name}.bak").read_bytes() == b"game"
-    assert evaluator.video_path(7, args, tmp_path) is None
-    assert evaluator.video_path(0, options(record_every=0), tmp_path) is None
-
-
 def test_the_seed_decides_what_the_test_worker_plays(tmp_path):
     def pictures_seen(run, seed, restarts=0):
         limits = {"max_episode_length": 100, "max_steps": 1}

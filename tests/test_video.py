@@ -9,7 +9,7 @@ from imageio_ffmpeg import count_frames_and_secs, read_frames
 
 from envs import create_atari_env
 from harness import video
-from harness.video import BLUE, Video, draw_panel
+from harness.video import BLUE, Video, draw_panel, video_path
 
 
 def frames_of(path):
@@ -74,6 +74,18 @@ def test_an_annotated_video_shows_the_same_game_and_the_panel_beside_it(tmp_path
         differences = [mean_difference(frames[n][:, 320:], panel) for panel in panels]
         assert np.argmin(differences) == n
         assert differences[n] < 3
+
+
+def test_a_video_of_before_is_set_aside_where_its_episode_is_played_again(tmp_path):
+    (tmp_path / "videos").mkdir()
+    path = video_path(tmp_path, 6, record_every=3)
+    assert path == tmp_path / "videos/rl-video-episode-6.mp4"
+    path.write_bytes(b"game")
+    assert video_path(tmp_path, 6, record_every=3) == path
+    assert not path.exists()
+    assert path.with_name(f"{path.name}.bak").read_bytes() == b"game"
+    assert video_path(tmp_path, 7, record_every=3) is None
+    assert video_path(tmp_path, 0, record_every=0) is None
 
 
 def test_a_gif_plays(tmp_path):
