@@ -64,11 +64,10 @@ def test_a_run_of_pong_is_published():
 
 def test_a_level_is_reached_when_the_mean_of_the_last_twenty_first_is_there():
     episodes = np.zeros(60, dtype=[("reward", float), ("num_steps", float), ("time_s", float)])
-    episodes["reward"][0], episodes["reward"][30:] = (
-        20,
-        20,
-    )  # the first game alone is no mean of twenty
-    episodes["num_steps"], episodes["time_s"] = np.arange(60) * 1e6, np.arange(60) * 60
+    episodes["reward"][0] = 20  # the first game alone is no mean of twenty
+    episodes["reward"][30:] = 20
+    episodes["num_steps"] = np.arange(60) * 1e6
+    episodes["time_s"] = np.arange(60) * 60
     assert list(first_at(episodes, 18)) == [47, 47]  # games 28 to 47: two of 0, eighteen of 20
     assert np.isnan(first_at(episodes, 20.5)).all()
 
