@@ -150,13 +150,12 @@ class Cell:
     def measure(self, seconds: float) -> None:
         self.signal(signal.SIGCONT)
         time.sleep(min(2.0, seconds / 5))  # caches, first rollouts
-        before, times_before, start = (
-            self.shared.steps.sum().item(),
-            self.times.sum(dim=0),
-            time.perf_counter(),
-        )
-        time.sleep(seconds)
-        steps, elapsed = self.shared.steps.sum().item() - before, time.perf_counter() - start
+        before, times_before = self.shared.steps.sum().item(), self.times.sum(dim=0)
+        start, steps = time.perf_counter(), 0
+        while steps == 0:  # on a machine that is busy with something else the first may be late
+            time.sleep(seconds)
+            steps = self.shared.steps.sum().item() - before
+        elapsed = time.perf_counter() - start
         self.rates.append(steps / elapsed)
         times = (self.times.sum(dim=0) - times_before).tolist()
         rest = self.num_processes * elapsed - sum(times)
