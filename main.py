@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+import rollout
 from envs import create_atari_env, find_game
 from harness import link, utils
 from harness.checkpoint import checkpoint_of, make_run_folder, read_checkpoint
@@ -153,7 +154,9 @@ def prepare(
             args, checkpoint = find_run(args, argv)
         torch.manual_seed(args.seed)
         env = create_atari_env(args.env_name)
-        shared = SharedState(args, env.observation_space.shape[0], env.action_space.n)
+        shape = env.observation_space.shape
+        shared = SharedState(args, shape[0], env.action_space.n)
+        rollout.check(shared.model, shape)
         options = dict(vars(args))
         if checkpoint:
             run_folder = args.resume

@@ -7,7 +7,8 @@ of its first T values and logits:
 
 Acting needs no graph, and keeps what the layers put out. As the weights do not change inside a
 rollout, learning needs no forward pass of its own, only the backward one, written out below.
-tests/test_rollout.py compares the two. To understand A3C, you may leave this file unread.
+tests/test_rollout.py compares the two, and so does `check` whenever a run starts: who changes
+model.py has to change this file, too. To understand A3C, you may leave it unread.
 """
 
 import random
@@ -199,3 +200,44 @@ class StoredTrunk(torch.autograd.Function):
         weights = conv_parameters[::2]
         of_convs = convolutions_backward(maps, grad_features.view_as(maps[-1]), weights)
         return None, None, *of_convs, *of_lstm
+
+
+def check(model: ActorCritic, shape: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless model.py and this file compute the same from such observations."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would wait for each other where other runs keep the cores busy
+    try:
+        difference = _difference(model, shape)
+    except Exception as error:  # something has another shape, or another name
+        difference = str(error).partition("\n")[0]
+    finally:
+        torch.set_num_threads(threads)
+    if difference:
+        raise ValueError(
+            f"rollout.py computes another network than model.py: {difference}; "
+            "who changes one has to change the other, and tests/test_rollout.py compares them"
+        )
+
+
+def _difference(model: ActorCritic, shape: tuple[int, ...], T: int = 3) -> str | None:
+    """Return what differs first on T made-up steps and a bootstrap, if anything does."""
+    observations = torch.randn(T + 1, *shape, generator=torch.Generator().manual_seed(0))
+    state, outputs = model.initial_state(), []
+    rollout = Rollout(model, T)
+    rollout.start(observations[0].numpy(), state)
+    for observation in observations:
+        *heads, state = model(observation.unsqueeze(0), state)
+        outputs.append(torch.cat(heads, dim=1))
+    for observation in observations[1:]:
+        rollout.act(random.Random(0))
+        rollout.add(0.0, observation.numpy())
+    values, logits = rollout.values_and_logits()
+    theirs, ours = torch.cat(outputs), torch.cat([values.unsqueeze(1), logits], dim=1)
+    if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-5):
+        return "values or logits differ"
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = [torch.autograd.grad(x[:T].sum(), parameters) for x in (theirs, ours)]
+    for name, a, b in zip(names, *gradients, strict=True):
+        if not torch.allclose(a, b, rtol=1e-3, atol=1e-4):
+            return f"the gradient of {name} differs"
+    return None

@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "main": {
         "train",
         "test",
+        "rollout",
         "envs",
         "harness.episodes",
         "harness.settings",

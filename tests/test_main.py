@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import cv2
 import pytest
+import torch
 
 import main
 from harness.checkpoint import dump, read
@@ -337,6 +338,16 @@ def test_a_run_trains_and_ends_cleanly_also_with_an_adam_for_each_worker(tmp_pat
     options = (folder / "options.json").read_text()
     assert json.loads(options)["num_processes"] == 2
     assert options.endswith("}\n")
+
+
+def test_a_network_that_was_changed_in_one_file_only_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("model.F.elu", torch.relu)  # rollout.py calls another name
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--save-dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: rollout.py computes another network than model.py: ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_tensorboard_says_how_to_get_it(monkeypatch, capsys):

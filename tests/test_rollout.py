@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import textbook
 import torch
+import torch.nn.functional as F
 from conftest import options
 
 from envs import create_atari_env
 from model import ActorCritic
 from my_optim import SharedAdam
-from rollout import Rollout
+from rollout import Rollout, check
 from train import a3c_losses
 
 
@@ -176,3 +177,63 @@ def test_a_rollout_goes_on_with_the_weights_that_are_copied_into_its_model():
     values = rollout.values_and_logits()[0]
     assert (values - before).abs().max() > 1e-3
     torch.testing.assert_close(values, act(create_model(2), stored).values_and_logits()[0])
+
+
+def relu_instead_of_elu(model):
+    model.forward = forward_of(model, F.relu, lambda hx: hx)
+
+
+def a_critic_that_does_not_teach_the_trunk(model):
+    """The same numbers, but other gradients."""
+    model.forward = forward_of(model, F.elu, torch.Tensor.detach)
+
+
+def forward_of(model, activation, before_critic):
+    """Return what model.py's `forward` is after an edit."""
+
+    def forward(x, state):
+        for conv in model.conv1, model.conv2, model.conv3, model.conv4:
+            x = activation(conv(x))
+        hx, cx = model.lstm(x.flatten(1), state)
+        return model.critic_linear(before_critic(hx)), model.actor_linear(hx), (hx, cx)
+
+    return forward
+
+
+def three_convolutions(model):
+    del model.conv4
+
+
+def wider_convolutions(model):
+    model.conv2 = torch.nn.Conv2d(32, 64, 3, stride=2, padding=1)
+    model.conv3 = torch.nn.Conv2d(64, 32, 3, stride=2, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (relu_instead_of_elu, "values or logits differ"),
+        (a_critic_that_does_not_teach_the_trunk, "the gradient of conv1.weight differs"),
+        (three_convolutions, "no attribute 'conv4'"),
+        (wider_convolutions, "shape"),
+    ],
+)
+def test_a_network_changed_in_one_of_the_two_files_is_refused(change, message):
+    model = create_model()
+    check(model, (1, 42, 42))
+    change(model)
+    with pytest.raises(ValueError, match=f"^rollout.py computes another network.*{message}"):
+        check(model, (1, 42, 42))
+
+
+@pytest.mark.parametrize("num_actions", [3, 18])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_fresh_network_passes_whatever_its_seed(num_actions, seed):
+    torch.manual_seed(seed)
+    check(ActorCritic(1, num_actions), (1, 42, 42))
+
+
+@pytest.mark.parametrize("shape", [(1, 84, 84), (4, 42, 42)])
+def test_observations_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"^rollout.py computes another network.*shape"):
+        check(create_model(), shape)
