@@ -171,8 +171,8 @@ def prepare(
                 shared.start_from(Path(args.init), args.env_name)
             run_folder = make_run_folder(args.save_dir, args.env_name)
             until_the_end.enter_context(workers.run_folder_locked(run_folder))
-        (run_folder / "videos").mkdir(exist_ok=True)
         write_options(options, run_folder)
+        (run_folder / "videos").mkdir(exist_ok=True)
     except (OSError, ValueError) as error:
         fail(error)
     return args, shared, run_folder

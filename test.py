@@ -28,7 +28,7 @@ import torch
 from envs import atari_games, create_atari_env
 from harness import utils
 from harness.checkpoint import BestAgent, load_agent, valid_statistics
-from harness.curves import draw_comparison, draw_curve
+from harness.curves import TEST_EPISODE, draw_comparison, draw_curve
 from harness.episodes import (
     TRAINING,
     Episode,
@@ -114,7 +114,8 @@ def evaluate(
     log = EpisodeLog(run_folder, shared.total_steps())
     training_log = EpisodeLog(run_folder, shared.total_steps(), TRAINING)
     best = BestAgent(run_folder)
-    scalars = Scalars(run_folder / "tensorboard") if args.tensorboard else None
+    folder = run_folder / "tensorboard"
+    scalars = Scalars(folder, shared.total_steps()) if args.tensorboard else None
     shared.ready[args.num_processes] = True
 
     finished, last_drawn = False, time.monotonic()
@@ -147,12 +148,12 @@ def evaluate(
             scalars.add(num_steps, **figures)
         if log.has_reached(args.target_reward):
             shared.request_stop(FINISH)
-        finished = shared.is_over(args.max_steps)
         left = progress(args, now - started, num_steps, fps_now)
         say(console_line(row, log.mean_reward()[1], left, fps_now))
         if now - last_drawn > DRAW_EVERY:
             last_drawn = now
             draw(log, run_folder)
+        finished = shared.is_over(args.max_steps)
     draw(log, run_folder)
 
 
@@ -192,6 +193,17 @@ def play(args: argparse.Namespace) -> None:
         say(json.dumps({"episodes": args.episodes, **summary, "rewards": rewards}))
 
 
+def _is_writable(path: Path) -> bool:
+    """Return whether a file can be written there."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return os.path.isdir(path.parent) and os.access(path.parent, os.W_OK | os.X_OK)
+    except OSError:  # the name is too long, or a folder above is closed, or is none
+        return False
+    return os.access(path, os.W_OK)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (or `argv`); bad input is one line and exit status 2."""
     parser = argparse.ArgumentParser("test.py", description="Play a saved agent, or draw runs.")
@@ -212,9 +224,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if sum([args.agent is not None, args.plot is not None, args.games]) != 1:
         fail("name an agent to play (a run folder, best.pt), or --plot runs, or --games")
     record = args.record
-    if record and (record.suffix not in (".mp4", ".gif") or record.is_dir() or args.render):
+    if record and (record.suffix not in (".mp4", ".gif") or os.path.isdir(record) or args.render):
         fail("argument --record: must be an .mp4 or .gif file, without --render")
-    if record and not os.access(record if record.exists() else record.parent, os.W_OK):
+    if record and not _is_writable(record):
         fail(f"argument --record: cannot write {record}: name a file in a folder of yours")
     has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
     if args.render and not has_display:
@@ -231,7 +243,8 @@ def main(argv: list[str] | None = None) -> None:
         elif args.plot:
             path = Path("comparison.png")
             if len(args.plot) == 1:
-                draw_curve(read_episodes(args.plot[0]), path)
+                what = f"one row of {TRAINING}" if args.plot[0].name == TRAINING else TEST_EPISODE
+                draw_curve(read_episodes(args.plot[0]), path, what)
             else:
                 draw_comparison(args.plot, path)
             say(f"{path} drawn")

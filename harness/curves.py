@@ -13,6 +13,7 @@ from harness.episodes import RECENT, WINDOW, moving_mean, read_episodes
 from harness.settings import read_setting
 from harness.utils import write
 
+TEST_EPISODE = "one test episode"
 MOST_POINTS = 2000  # of a curve: a run of weeks is drawn as fast as one of an hour
 
 
@@ -50,11 +51,11 @@ def _thinned(*columns: np.ndarray) -> list[np.ndarray]:
     return [column[rows] for column in columns]
 
 
-def draw_curve(episodes: np.ndarray, path: Path) -> None:
+def draw_curve(episodes: np.ndarray, path: Path, what: str = TEST_EPISODE) -> None:
     """Draw one run's test episodes, their reward and length over training steps, to a PNG file.
 
-    A thin line for each episode and moving means over RECENT and over WINDOW episodes; hours on a
-    second axis. Raises `OSError` or `ValueError`.
+    A thin line through all episodes, and moving means over RECENT and over WINDOW of them; hours on
+    a second axis. `what` is the legend's word for one. Raises `OSError` or `ValueError`.
     """
     figure = _matplotlib_figure()
     axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -64,7 +65,7 @@ def draw_curve(episodes: np.ndarray, path: Path) -> None:
         means = [moving_mean(values, window) for window in (RECENT, WINDOW)]
         steps, values, recent, slow = _thinned(million_steps, values, *means)
         marker = "." if len(steps) == 1 else None
-        axis.plot(steps, values, "C0", alpha=0.35, linewidth=0.7, label="one test episode")
+        axis.plot(steps, values, "C0", alpha=0.35, linewidth=0.7, label=what)
         axis.plot(steps, slow, "black", linestyle=":", label=f"mean of the last {WINDOW}")
         axis.plot(
             steps, recent, "C0", label=f"mean of the last {RECENT}", linewidth=1.8, marker=marker

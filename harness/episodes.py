@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from harness.utils import read_text, report_write_errors, write
+from harness.utils import name_in_write_errors, read_text, report_write_errors, write
 
 TRAINING = "training.csv"  # the other table of a run; see `Episode`
 WINDOW = 100  # test episodes that the mean reward is taken over
@@ -93,7 +93,7 @@ class EpisodeLog:
             crash may have cut the last one short.
         name: the file's, episodes.csv or TRAINING.
 
-    Raises `OSError` or `ValueError` if the file cannot be read.
+    Raises `OSError` or `ValueError` if the file cannot be read, or those rows cannot be moved.
     """
 
     def __init__(self, run_folder: Path, num_steps: int, name: str = "episodes.csv") -> None:
@@ -118,10 +118,11 @@ class EpisodeLog:
             else:
                 others.append(line)
         others += torn
-        with report_write_errors(backup):
-            if others:
+        if others:  # left where they are, they would pass for the run's once it has got that far
+            with name_in_write_errors(backup):
                 earlier = read_text(backup) if backup.exists() else ""
                 write((earlier + "\n".join([*others, ""])).encode(), backup)
+            with name_in_write_errors(self._path):
                 rows = map(str, self.episodes)
                 write("\n".join([HEADER, *rows, ""]).encode(), self._path)
 
@@ -209,10 +210,13 @@ def as_table(episodes: list[Episode]) -> np.ndarray:
 
 
 class Scalars:
-    """TensorBoard's event files in `folder`."""
+    """TensorBoard's event files in `folder`, for a run that goes on from `num_steps` steps.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._writer = folder, None
+    TensorBoard then leaves out what earlier files hold of later steps.
+    """
+
+    def __init__(self, folder: Path, num_steps: int) -> None:
+        self._folder, self._writer, self._purge_step = folder, None, num_steps + 1
         threading.excepthook = lambda _: None  # `add` tells what goes wrong in the writer's thread
 
     def add(self, num_steps: int, **scalars: float) -> None:
@@ -221,8 +225,8 @@ class Scalars:
 
         writer, self._writer = self._writer, None  # after an error, the next one opens a new file
         with report_write_errors(self._folder):
-            writer = writer or SummaryWriter(self._folder)
+            writer = writer or SummaryWriter(self._folder, purge_step=self._purge_step)
             for name, scalar in scalars.items():
                 writer.add_scalar(name, scalar, num_steps)
             writer.flush()
-            self._writer = writer
+            self._writer, self._purge_step = writer, None

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harness.utils import read_text, reason, write
+from harness.utils import name_in_write_errors, read_text, write
 
 # The options that a run's curve depends on. Runs that have them in common are seeds of one setting.
 LEARNS_BY = (
@@ -53,10 +53,8 @@ def write_options(options: dict[str, Any], run_folder: Path) -> None:
     """Write options.json; raise `OSError` if that fails."""
     text = json.dumps(options, indent=2, default=str) + "\n"
     path = run_folder / "options.json"
-    try:
+    with name_in_write_errors(path):
         write(text.encode(), path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {reason(error)}") from error
 
 
 def read_setting(run: Path) -> str:

@@ -61,6 +61,15 @@ def report_write_errors(path: Path) -> Iterator[None]:
         complain(f"{path} not written: {reason(error)}")
 
 
+@contextlib.contextmanager
+def name_in_write_errors(path: Path) -> Iterator[None]:
+    """Give an `OSError` in the block, which writes to `path`, a message that says so."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {reason(error)}") from error
+
+
 def _wait_for_the_disk(file: BinaryIO) -> None:
     try:
         fcntl.fcntl(file, fcntl.F_FULLFSYNC)  # on a Mac fsync would not wait for the drive

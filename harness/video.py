@@ -1,14 +1,17 @@
 """Videos of the game, plain or with what the agent sees and thinks beside it."""
 
 import math
+import re
+import subprocess
 from collections import deque
+from collections.abc import Generator
 from pathlib import Path
 from typing import Self
 
 import cv2
 import gym
 import numpy as np
-from imageio_ffmpeg import count_frames_and_secs, write_frames
+from imageio_ffmpeg import get_ffmpeg_exe, write_frames
 
 from harness.utils import report_write_errors, set_aside
 
@@ -41,41 +44,35 @@ class Video:
 
     def __init__(self, path: Path | None, env: gym.Env, annotate: bool = False) -> None:
         self._env, self._path, self._annotate = env, path, annotate
-        self._writer = None
-        if path is None:
-            return
-        fps = env.unwrapped.metadata["render_fps"]
-        self._values: deque[float] = deque(maxlen=int(5 * fps))
-        height, width = env.unwrapped.observation_space.shape
-        # "file:", or ffmpeg would take a name with a colon for a protocol.
-        self._url = f"file:{path.absolute()}"
+        self._writer, self._num_frames = None, 0  # until the first frame
+        self.is_on = path is not None  # whether frames are wanted
+        self._fps = env.unwrapped.metadata["render_fps"] if self.is_on else 0
+        self._values: deque[float] = deque(maxlen=int(5 * self._fps))
+
+    def _start_ffmpeg(self, height: int, width: int) -> Generator[None, np.ndarray, None]:
+        self._path.touch()  # tells the reason where ffmpeg would only break its pipe
         palette = "split[a][b];[a]palettegen=max_colors=64[p];[b][p]paletteuse=dither=none"
         gif = {"codec": "gif", "pix_fmt_out": "pal8", "output_params": ["-filter_complex", palette]}
         # One thread: the cores are the workers'.
         mp4 = {"quality": 7, "output_params": ["-preset", "veryfast", "-threads", "1"]}
         writer = write_frames(
-            self._url,
-            (2 * width * (2 if annotate else 1), 2 * height),
-            fps=fps,
+            _url(self._path),
+            (width, height),
+            fps=self._fps,
             macro_block_size=2,
             ffmpeg_log_level="fatal",  # a stop may cut the last frame in two, which is no news
-            **(gif if path.suffix == ".gif" else mp4),
+            **(gif if self._path.suffix == ".gif" else mp4),
         )
-        with report_write_errors(path):
-            path.touch()  # tells the reason where ffmpeg would only break its pipe
-            writer.send(None)
-            self._writer = writer
+        writer.send(None)
+        return writer
 
-    @property
-    def is_on(self) -> bool:
-        """Whether frames are wanted."""
-        return self._writer is not None
-
-    def _send(self, frame: np.ndarray | None) -> None:
-        writer, self._writer = self._writer, None
+    def _send(self, frame: np.ndarray) -> None:
+        writer, self._writer, self.is_on = self._writer, None, False
         with report_write_errors(self._path):
+            writer = writer or self._start_ffmpeg(*frame.shape[:2])
             writer.send(frame)
-            self._writer = writer
+            self._writer, self.is_on = writer, True
+            self._num_frames += 1
 
     def add_frame(
         self, observation: np.ndarray, score: float, value: float, policy: list[float]
@@ -96,10 +93,31 @@ class Video:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.is_on:
+        if self._writer:
             self._writer.close()
-            with report_write_errors(self._path):  # which ffmpeg keeps to itself, so read it back
-                count_frames_and_secs(self._url)
+            with report_write_errors(self._path):  # which ffmpeg keeps to itself
+                read_back(self._path, self._num_frames)
+
+
+def _url(path: Path) -> str:
+    """Return a path for ffmpeg, which would take a name with a colon for a protocol."""
+    return f"file:{path.absolute()}"
+
+
+def read_back(path: Path, num_frames: int) -> None:
+    """Raise `RuntimeError` if a video does not play to its end; it is read, but not decoded.
+
+    ffmpeg must not find a terminal as its input: it would change its mode, for which the terminal
+    stops a program in the background, all processes of it.
+    """
+    command = [get_ffmpeg_exe(), "-v", "error", "-i", _url(path), "-c", "copy", "-f", "null"]
+    command += ["-progress", "pipe:1", "/dev/null"]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    if result.returncode:
+        raise RuntimeError(result.stderr.decode(errors="replace").strip().rpartition("\n")[2])
+    found = int(re.findall(rb"^frame=(\d+)", result.stdout, re.MULTILINE)[-1])
+    if found < num_frames - 2:  # a GIF may have one or two less
+        raise RuntimeError(f"it ends after {found} of {num_frames} frames")
 
 
 def draw_panel(

@@ -1,3 +1,5 @@
+import errno
+import os
 import re
 import resource
 import threading
@@ -17,6 +19,7 @@ from harness.episodes import (
     moving_mean,
     read_episodes,
 )
+from harness.utils import write
 
 
 def episode(n, reward=1.5):
@@ -87,6 +90,22 @@ def test_rows_after_the_checkpoint_move_to_the_backup(log, tmp_path):
     assert backup.read_text().count("\n") == 2
     EpisodeLog(tmp_path, 0)
     assert backup.read_text().splitlines() == [str(episode(n)) for n in (2, 3, 1, 2)]
+
+
+@pytest.mark.parametrize("name", ["episodes.csv", "episodes.csv.bak"])
+def test_where_rows_after_the_checkpoint_cannot_move_nothing_does(log, name, tmp_path, monkeypatch):
+    log.append(episode(3))
+    before = (tmp_path / "episodes.csv").read_text()
+
+    def write_unless_full(data, path):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(data, path)
+
+    monkeypatch.setattr("harness.episodes.write", write_unless_full)
+    with pytest.raises(OSError, match=rf"^cannot write .*/{name}: No space left on device$"):
+        EpisodeLog(tmp_path, 150)
+    assert (tmp_path / "episodes.csv").read_text() == before
 
 
 @pytest.mark.parametrize("cut", range(len(str(episode(2))) + 1))
@@ -236,7 +255,7 @@ def test_a_device_or_a_missing_folder_holds_no_episodes(tmp_path):
 def test_tensorboard_finds_each_figure_at_its_step(tmp_path, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # to have it back
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    scalars = Scalars(tmp_path)
+    scalars = Scalars(tmp_path, 0)
     scalars.add(100, reward=-21.0, entropy=1.5)
     scalars.add(200, reward=-20.0)
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
@@ -244,10 +263,23 @@ def test_tensorboard_finds_each_figure_at_its_step(tmp_path, monkeypatch):
     assert [(e.step, e.value) for e in events.Scalars("entropy")] == [(100, 1.5)]
 
 
+def test_tensorboard_leaves_out_what_came_after_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # to have it back
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    before_the_kill = Scalars(tmp_path, 0)
+    for num_steps in 100, 200, 300, 400:
+        before_the_kill.add(num_steps, reward=-21.0)
+    resumed = Scalars(tmp_path, 200)
+    for num_steps in 250, 350:
+        resumed.add(num_steps, reward=5.0)
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload().Scalars("reward")
+    assert [e.step for e in events] == [100, 200, 250, 350]
+
+
 def test_tensorboard_goes_on_when_a_full_disk_has_space_again(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # to have it back
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    scalars = Scalars(tmp_path)
+    scalars = Scalars(tmp_path, 0)
     scalars.add(100, reward=-21.0)
     (events,) = tmp_path.iterdir()
     with files_end_at(events.stat().st_size + 3):

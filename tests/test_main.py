@@ -1,6 +1,7 @@
 import argparse
 import contextlib
 import csv
+import errno
 import itertools
 import json
 import os
@@ -338,6 +339,21 @@ def test_a_run_trains_and_ends_cleanly_also_with_an_adam_for_each_worker(tmp_pat
     options = (folder / "options.json").read_text()
     assert json.loads(options)["num_processes"] == 2
     assert options.endswith("}\n")
+
+
+def test_a_run_that_a_full_disk_did_not_let_begin_can_be_started_again(tmp_path, monkeypatch):
+    def full(data, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    argv = ["--save-dir", str(tmp_path / "run")]
+    with monkeypatch.context() as disk:
+        disk.setattr("harness.settings.write", full)
+        with pytest.raises(SystemExit):
+            main.main(argv)
+    with contextlib.ExitStack() as until_the_end:
+        _, _, run_folder = main.prepare(argv, until_the_end)
+    names = {path.name for path in run_folder.iterdir()}
+    assert names == {".locks", "options.json", "videos"}
 
 
 def test_a_network_that_was_changed_in_one_file_only_is_one_line(tmp_path, monkeypatch, capsys):

@@ -353,6 +353,20 @@ def test_runs_are_drawn_into_a_picture_here(tmp_path, monkeypatch, capsys):
         Path("comparison.png").unlink()  # it is there
 
 
+@pytest.mark.parametrize(
+    ("table", "what"),
+    [("episodes.csv", "one test episode"), ("training.csv", "one row of training.csv")],
+)
+def test_a_curve_says_what_its_points_are(table, what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("RUN"), episodes=3)
+    Path("RUN/training.csv").write_text(Path("RUN/episodes.csv").read_text())
+    drawn = []
+    monkeypatch.setattr(evaluator, "draw_curve", lambda *args: drawn.append(args[2]))
+    evaluator.main(["--plot", f"RUN/{table}"])
+    assert drawn == [what]
+
+
 NAME_AN_AGENT = "name an agent to play (a run folder, best.pt), or --plot runs"
 
 
@@ -370,6 +384,8 @@ NAME_AN_AGENT = "name an agent to play (a run folder, best.pt), or --plot runs"
         ("AGENT --seed " + "9" * 30, "argument --seed: must be a whole number from 0 to "),
         ("AGENT --record game.avi", "argument --record: must be an .mp4 or .gif file"),
         ("AGENT --record missing/game.mp4", "argument --record: cannot write missing/game.mp4"),
+        ("AGENT --record TEXT/game.mp4", "argument --record: cannot write TEXT/game.mp4"),
+        (f"AGENT --record {'x' * 300}.mp4", "argument --record: cannot write xxx"),
         ("AGENT --record FOLDER.mp4", "argument --record: must be an .mp4 or .gif file"),
         ("AGENT --render human", "argument --render: there is no display here; try --record"),
         ("--plot AGENT", "holds no test episodes yet: name run folders"),

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 from collections import deque
 from pathlib import Path
 
@@ -9,7 +11,9 @@ from imageio_ffmpeg import count_frames_and_secs, read_frames
 
 from envs import create_atari_env
 from harness import video
-from harness.video import BLUE, Video, draw_panel, video_path
+from harness.video import BLUE, Video, draw_panel, read_back, video_path
+
+ROOT = Path(video.__file__).parent.parent
 
 
 def frames_of(path):
@@ -197,3 +201,57 @@ def test_the_panel_shows_what_the_network_sees():
     assert (shown[..., 0] == shown[..., 1]).all()
     small = shown[1::3, 1::3, 0]  # three times its size
     np.testing.assert_allclose(small, (observation[0] + 3) / 6 * 255, atol=1)
+
+
+# A terminal of its own, and in it a job in the background, as a shell's & makes one.
+IN_THE_BACKGROUND = """
+import os, pty, signal, sys
+
+leader, terminal = pty.fork()
+if leader:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1]))
+job = os.fork()
+if not job:
+    os.setpgid(0, 0)
+    sys.path[:0] = ["tests", "."]
+    import pathlib, test_video
+    test_video.record(pathlib.Path(sys.argv[1]), frames=5)
+    os._exit(7)
+_, status = os.waitpid(job, os.WUNTRACED)
+if os.WIFSTOPPED(status):
+    os.killpg(job, signal.SIGKILL)
+    os._exit(1)
+os._exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_job_in_the_background_of_a_terminal_is_not_stopped_by_its_video(tmp_path):
+    command = [sys.executable, "-c", IN_THE_BACKGROUND, tmp_path / "game.mp4"]
+    assert subprocess.run(command, cwd=ROOT, timeout=100).returncode == 7
+    assert len(frames_of(tmp_path / "game.mp4")[1]) == 5
+
+
+def test_a_video_without_a_frame_leaves_nothing(tmp_path, capfd):
+    record(tmp_path / "game.mp4", frames=0)
+    assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        ("game.mp4", 0.9, "it ends after 0 of 30 frames"),
+        ("game.mp4", 0.5, "Error opening input"),
+        ("game.gif", 0.5, "it ends after .. of 30 frames"),
+        ("game.gif", 0.001, "it ends after . of 30 frames"),
+    ],
+)
+def test_a_video_that_does_not_play_to_its_end_is_told(name, part, message, tmp_path, capfd):
+    path = tmp_path / name
+    record(path, frames=30)
+    read_back(path, 30)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(RuntimeError, match=message):
+        read_back(path, 30)
+    assert capfd.readouterr() == ("", "")
