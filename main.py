@@ -142,7 +142,7 @@ def prepare(
     """Make or find the run that is asked for; return its options, its shared state, its folder.
 
     The folder's lock is held `until_the_end`. Exits with status 2 and one line if there cannot be
-    such a run; no process has started by then.
+    such a run; no worker has started by then.
     """
     args, checkpoint = parse_args(argv), None
     try:
@@ -181,7 +181,10 @@ def prepare(
 def main(argv: list[str] | None = None) -> int:
     """Start the processes, watch over them, and return the exit status."""
     with contextlib.ExitStack() as until_the_end:
-        until_the_end.enter_context(workers.signals_held())
+        try:
+            until_the_end.enter_context(workers.signals_held())
+        except OSError as error:
+            fail(f"no process can be started: {reason(error)}")
         args, shared, run_folder = prepare(argv, until_the_end)
         start = f" from {args.init}" if args.init and not args.resume else ""
         say(
@@ -198,11 +201,12 @@ def create_jobs(
 ) -> list[Job]:
     """Return what each worker does; the test worker is among the first to start."""
     n = args.num_processes
-    jobs = [
-        Job(f"training worker {rank}", rank, train, (rank, args, shared, run_folder))
-        for rank in range(n)
-    ]
-    jobs.insert(1, Job("test worker", n, evaluate, (args, shared, started, run_folder)))
+    jobs = []
+    for rank in range(n):
+        to_train = rank, args, shared.for_worker(rank), run_folder
+        jobs.append(Job(f"training worker {rank}", rank, train, to_train))
+    to_evaluate = args, shared.for_worker(n), started, run_folder
+    jobs.insert(1, Job("test worker", n, evaluate, to_evaluate))
     if args.ray:
         to_link = train, args, shared, run_folder
         jobs.insert(2, Job("link", n + 1, link.link, to_link, is_vital=False))

@@ -14,21 +14,34 @@ class SharedAdam(torch.optim.Adam):
     --init by less than can be measured.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float = 1e-4) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float = 1e-4, block: Tensor | None = None
+    ) -> None:
         super().__init__(params, lr=lr, fused=True)
         params = self.param_groups[0]["params"]
         # All state lies in one block: a shared block costs every process a file descriptor, and
         # with --no-shared there is an optimiser for each worker.
         sizes = [size for p in params for size in (1, p.numel(), p.numel())]
-        block = iter(torch.zeros(sum(sizes)).share_memory_().split(sizes))
+        self._block = torch.zeros(sum(sizes)).share_memory_() if block is None else block
+        parts = iter(self._block.split(sizes))
         for p in params:
             # The fused kernel runs through memory: moments must have the parameter's strides, not
             # only its shape.
             self.state[p] = {
-                "step": next(block).view(()),
-                "exp_avg": next(block).as_strided(p.shape, p.stride()),
-                "exp_avg_sq": next(block).as_strided(p.shape, p.stride()),
+                "step": next(parts).view(()),
+                "exp_avg": next(parts).as_strided(p.shape, p.stride()),
+                "exp_avg_sq": next(parts).as_strided(p.shape, p.stride()),
             }
+
+    def __reduce__(self) -> tuple[type, tuple[list[nn.Parameter], float, Tensor]]:
+        """Return what makes it in another process: its block, not three tensors a parameter.
+
+        Where each worker has an optimiser, all together are to fit into the pipe by which a process
+        gets what it starts with. Else its start would wait until it has imported torch, and for
+        ever if it died meanwhile.
+        """
+        group = self.param_groups[0]
+        return type(self), (group["params"], group["lr"], self._block)
 
     def num_updates(self) -> int:
         """Return how many updates the moments have seen."""

@@ -1,11 +1,12 @@
 """What the processes of a run share: weights, moments, counts, requests to stop."""
 
 import argparse
+import copy
 import itertools
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -79,6 +80,12 @@ class SharedState:
     def optimizer(self, rank: int) -> SharedAdam:
         """Return the optimiser of worker `rank`."""
         return self.optimizers[rank % len(self.optimizers)]
+
+    def for_worker(self, rank: int) -> Self:
+        """Return the same state, but of the optimisers only that of worker `rank`."""
+        own = copy.copy(self)
+        own.optimizers = [self.optimizer(rank)]
+        return own
 
     def total_steps(self) -> int:
         """Return the training steps of all workers."""

@@ -1,4 +1,5 @@
 import contextlib
+import io
 import os
 import re
 import signal
@@ -6,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing import popen_spawn_posix, reduction
+from multiprocessing.context import set_spawning_popen
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +33,25 @@ def environment(folder, **modules):
     for name, source in modules.items():
         (folder / f"{name}.py").write_text(source)
     return os.environ | {"PYTHONPATH": str(folder)}
+
+
+def size_as_sent(arguments):
+    """Return how many bytes a process that is started with these arguments is sent."""
+
+    class Popen(popen_spawn_posix.Popen):
+        def __init__(self):
+            """Start nothing."""
+
+        def duplicate_for_child(self, file):
+            return file
+
+    buffer = io.BytesIO()
+    set_spawning_popen(Popen())
+    try:
+        reduction.dump(arguments, buffer)
+    finally:
+        set_spawning_popen(None)
+    return len(buffer.getvalue())
 
 
 def states(pids):

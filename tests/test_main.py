@@ -14,8 +14,10 @@ from types import SimpleNamespace
 import cv2
 import pytest
 import torch
+from conftest import options, size_as_sent
 
 import main
+from harness import workers
 from harness.checkpoint import dump, read
 from harness.episodes import HEADER, Episode
 from harness.shared import SharedState
@@ -339,6 +341,31 @@ def test_a_run_trains_and_ends_cleanly_also_with_an_adam_for_each_worker(tmp_pat
     options = (folder / "options.json").read_text()
     assert json.loads(options)["num_processes"] == 2
     assert options.endswith("}\n")
+
+
+def test_what_a_worker_is_started_with_fits_into_a_pipe_however_many_there_are(tmp_path):
+    """If it did not, its start would wait until it reads, and for ever if it died before that."""
+    args = options(num_processes=8, no_shared=True)
+    shared = SharedState(args, 1, 6)
+    jobs = main.create_jobs(args, shared, tmp_path, 0.0)
+    assert len(jobs) == 9
+    assert max(size_as_sent(job) for job in jobs) < 12_000  # a pipe of macOS has 16 KiB at first
+    for rank, job in enumerate(job for job in jobs if job.name.startswith("training")):
+        assert job.args[2].optimizer(rank) is shared.optimizers[rank]
+
+
+def test_where_no_process_can_be_started_a_line_says_so(monkeypatch, capsys):
+    def refuse():
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(workers.resource_tracker, "ensure_running", refuse)
+    with pytest.raises(SystemExit) as stop:
+        main.main([])
+    assert stop.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: no process can be started: {os.strerror(errno.EAGAIN)}\n"
+    )
 
 
 def test_a_run_that_a_full_disk_did_not_let_begin_can_be_started_again(tmp_path, monkeypatch):

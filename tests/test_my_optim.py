@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import size_as_sent
 
 from model import ActorCritic
 from my_optim import SharedAdam
@@ -59,6 +60,15 @@ def test_processes_advance_one_adam():
         assert torch.equal(parameter, expected)
         assert torch.equal(state["exp_avg"], expected_state["exp_avg"])
         assert torch.equal(state["exp_avg_sq"], expected_state["exp_avg_sq"])
+
+
+def test_an_adam_weighs_little_in_what_a_process_is_started_with():
+    """What a start sends must fit into a pipe, of which some have 16 KiB at first."""
+    model = ActorCritic(1, 6).share_memory()
+    sizes = [
+        size_as_sent((model, [SharedAdam(model.parameters()) for _ in range(n)])) for n in (1, 21)
+    ]
+    assert sizes[1] - sizes[0] < 20 * 500
 
 
 def test_a_gradient_in_another_memory_order_is_read_right():

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import random
 import warnings
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -179,25 +179,21 @@ def test_a_rollout_goes_on_with_the_weights_that_are_copied_into_its_model():
     torch.testing.assert_close(values, act(create_model(2), stored).values_and_logits()[0])
 
 
-def relu_instead_of_elu(model):
-    model.forward = forward_of(model, F.relu, lambda hx: hx)
-
-
-def a_critic_that_does_not_teach_the_trunk(model):
-    """The same numbers, but other gradients."""
-    model.forward = forward_of(model, F.elu, torch.Tensor.detach)
-
-
-def forward_of(model, activation, before_critic):
+def forward_of(activation=F.elu, before_critic=None, before_actor=None, value=None, logits=None):
     """Return what model.py's `forward` is after an edit."""
+    same = torch.nn.Identity()
 
-    def forward(x, state):
-        for conv in model.conv1, model.conv2, model.conv3, model.conv4:
+    def forward(self, x, state):
+        for conv in self.conv1, self.conv2, self.conv3, self.conv4:
             x = activation(conv(x))
-        hx, cx = model.lstm(x.flatten(1), state)
-        return model.critic_linear(before_critic(hx)), model.actor_linear(hx), (hx, cx)
+        hx, cx = self.lstm(x.flatten(1), state)
+        values = (value or same)(self.critic_linear((before_critic or same)(hx)))
+        return values, (logits or same)(self.actor_linear((before_actor or same)(hx))), (hx, cx)
 
-    return forward
+    def change(model):
+        model.forward = MethodType(forward, model)
+
+    return change
 
 
 def three_convolutions(model):
@@ -209,17 +205,28 @@ def wider_convolutions(model):
     model.conv3 = torch.nn.Conv2d(64, 32, 3, stride=2, padding=1)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (relu_instead_of_elu, "values or logits differ"),
-        (a_critic_that_does_not_teach_the_trunk, "the gradient of conv1.weight differs"),
-        (three_convolutions, "no attribute 'conv4'"),
-        (wider_convolutions, "shape"),
-    ],
-)
-def test_a_network_changed_in_one_of_the_two_files_is_refused(change, message):
-    model = create_model()
+OTHER_NUMBERS = "values or logits differ"
+CHANGES = {
+    "relu": (forward_of(F.relu), OTHER_NUMBERS),
+    "bounded logits": (forward_of(logits=torch.tanh), OTHER_NUMBERS),
+    "capped logits": (forward_of(logits=lambda x: 10 * torch.tanh(x / 10)), OTHER_NUMBERS),
+    "bounded value": (forward_of(value=torch.tanh), OTHER_NUMBERS),
+    "a layer before the actor": (forward_of(before_actor=torch.tanh), OTHER_NUMBERS),
+    "a critic that does not teach the trunk": (
+        forward_of(before_critic=torch.Tensor.detach),
+        "the gradient of conv1.weight differs",  # all numbers are the same
+    ),
+    "three convolutions": (three_convolutions, "no attribute 'conv4'"),
+    "wider convolutions": (wider_convolutions, "shape"),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_network_changed_in_one_of_the_two_files_is_refused(changed, seed):
+    change, message = CHANGES[changed]
+    torch.manual_seed(seed)
+    model = ActorCritic(1, 6)
     check(model, (1, 42, 42))
     change(model)
     with pytest.raises(ValueError, match=f"^rollout.py computes another network.*{message}"):

@@ -243,15 +243,16 @@ def take_turns(folder, rank, all_here, order):
 
 def test_a_turn_lasts_two_rollouts_and_then_is_somebody_elses(tmp_path):
     ranks = [n * workers.num_cores() for n in range(3)]
-    all_here, order = spawn.Barrier(3), spawn.SimpleQueue()
+    all_here, order = spawn.Barrier(3, timeout=60), spawn.SimpleQueue()
     processes = [
         spawn.Process(target=take_turns, args=(tmp_path, rank, all_here, order)) for rank in ranks
     ]
     for process in processes:
         process.start()
-    rollouts = [order.get() for _ in range(30)]
     for process in processes:
-        process.join()
+        process.join(100)
+        assert process.exitcode == 0
+    rollouts = [order.get() for _ in range(30)]  # they lie in the pipe
     turns = rollouts[::2]
     assert turns == rollouts[1::2]
     last_with_company = max(n for n in range(15) if len(set(turns[n:])) > 1)
