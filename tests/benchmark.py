@@ -140,8 +140,13 @@ class Cell:
         for process in self.processes:
             process.start()
         while not self.shared.steps[:-1].all():  # the first rollout imports and allocates
-            time.sleep(0.1)
+            self.sleep(0.1)
         self.signal(signal.SIGSTOP)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+        if not all(process.is_alive() for process in self.processes):
+            raise RuntimeError(f"a process of {self.program} has died")
 
     def signal(self, number: int) -> None:
         for process in self.processes:
@@ -153,7 +158,7 @@ class Cell:
         before, times_before = self.shared.steps.sum().item(), self.times.sum(dim=0)
         start, steps = time.perf_counter(), 0
         while steps == 0:  # on a machine that is busy with something else the first may be late
-            time.sleep(seconds)
+            self.sleep(seconds)
             steps = self.shared.steps.sum().item() - before
         elapsed = time.perf_counter() - start
         self.rates.append(steps / elapsed)

@@ -53,8 +53,8 @@ def create_model(num_inputs, num_actions):
 class PlainAdam(SharedAdam):
     """PyTorch's own step, one tensor after another, with the shared state."""
 
-    def __init__(self, params, lr):
-        super().__init__(params, lr=lr)
+    def __init__(self, params, lr, block=None):
+        super().__init__(params, lr, block)
         self.param_groups[0].update(fused=False, foreach=False)
 
     step = torch.optim.Adam.step
