@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,8 @@ import rollout
 from envs import create_atari_env, find_game
 from harness import link, utils
 from harness.checkpoint import checkpoint_of, make_run_folder, read_checkpoint
-from harness.episodes import TRAINING, EpisodeLog
-from harness.resume import options_of, refuse_if_over, way_on
-from harness.settings import options_until, write_options
+from harness.resume import go_on, options_of, way_on
+from harness.settings import write_options
 from harness.shared import SharedState
 from harness.supervisor import DiedTooOftenError, Job, Supervisor
 from harness.utils import complain, fail, number, one_of, reason, say
@@ -141,11 +139,12 @@ def prepare(
 ) -> tuple[argparse.Namespace, SharedState, Path]:
     """Make or find the run that is asked for; return its options, its shared state, its folder.
 
-    The folder's lock is held `until_the_end`. Exits with status 2 and one line if there cannot be
-    such a run; no worker has started by then.
+    Signals are held `until_the_end`, and so is the folder's lock. Exits with status 2 and one line
+    if there cannot be such a run; no worker has started by then.
     """
     args, checkpoint = parse_args(argv), None
     try:
+        until_the_end.enter_context(workers.signals_held())
         if args.ray:
             link.find_cluster(args.ray)
         if args.resume:
@@ -157,21 +156,15 @@ def prepare(
         shape = env.observation_space.shape
         shared = SharedState(args, shape[0], env.action_space.n)
         rollout.check(shared.model, shape)
-        options = dict(vars(args))
         if checkpoint:
             run_folder = args.resume
-            shared.restore(checkpoint)
-            # Both set later rows aside, before any worker counts on.
-            EpisodeLog(run_folder, shared.total_steps(), TRAINING)
-            refuse_if_over(args, shared, EpisodeLog(run_folder, shared.total_steps()))
-            until = options_until(run_folder, options, shared.total_steps())
-            options |= {"until": until} if until else {}
+            go_on(args, shared, checkpoint, run_folder)
         else:
             if args.init is not None:
                 shared.start_from(Path(args.init), args.env_name)
             run_folder = make_run_folder(args.save_dir, args.env_name)
             until_the_end.enter_context(workers.run_folder_locked(run_folder))
-        write_options(options, run_folder)
+        write_options(vars(args), run_folder, shared.total_steps())
         (run_folder / "videos").mkdir(exist_ok=True)
     except (OSError, ValueError) as error:
         fail(error)
@@ -181,18 +174,12 @@ def prepare(
 def main(argv: list[str] | None = None) -> int:
     """Start the processes, watch over them, and return the exit status."""
     with contextlib.ExitStack() as until_the_end:
-        try:
-            until_the_end.enter_context(workers.signals_held())
-        except OSError as error:
-            fail(f"no process can be started: {reason(error)}")
         args, shared, run_folder = prepare(argv, until_the_end)
         start = f" from {args.init}" if args.init and not args.resume else ""
-        say(
-            f"A3C on {args.env_name}{start}: {args.num_processes} training workers "
-            "and one test worker.\n"
-            f"All of it lies in {run_folder}: table, curve, videos, checkpoint, best agent. "
-            "Ctrl-C stops the run."
-        )
+        who = f"{args.num_processes} training workers and one test worker"
+        say(f"A3C on {args.env_name}{start}: {who}.")
+        what = "table, curve, videos, checkpoint, best agent"
+        say(f"All of it lies in {run_folder}: {what}. Ctrl-C stops the run.")
         return run(args, shared, run_folder)
 
 
@@ -201,12 +188,11 @@ def create_jobs(
 ) -> list[Job]:
     """Return what each worker does; the test worker is among the first to start."""
     n = args.num_processes
-    jobs = []
-    for rank in range(n):
-        to_train = rank, args, shared.for_worker(rank), run_folder
-        jobs.append(Job(f"training worker {rank}", rank, train, to_train))
-    to_evaluate = args, shared.for_worker(n), started, run_folder
-    jobs.insert(1, Job("test worker", n, evaluate, to_evaluate))
+    jobs = [
+        Job(f"training worker {rank}", rank, train, (rank, args, shared, run_folder))
+        for rank in range(n)
+    ]
+    jobs.insert(1, Job("test worker", n, evaluate, (args, shared, started, run_folder)))
     if args.ray:
         to_link = train, args, shared, run_folder
         jobs.insert(2, Job("link", n + 1, link.link, to_link, is_vital=False))
@@ -247,16 +233,12 @@ def run(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> int:
                     say(f"{up} A line follows for each test episode.")
                 if now - last_report > 60 and shared.dropped.sum() > dropped:
                     last_report, dropped = now, int(shared.dropped.sum())
-                    complain(
-                        f"{dropped} rollouts so far dropped, as loss or gradient was not finite"
-                    )
+                    complain(f"{dropped} rollouts dropped so far: loss or gradient not finite")
     except Exception as error:  # whatever it is, no worker may go on training for nobody
         gave_up = True
         complain(f"error: {reason(error)}")
         if not isinstance(error, DiedTooOftenError):
-            path = run_folder / "traceback-main.txt"
-            with utils.report_write_errors(path):
-                path.write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
+            utils.write_traceback(run_folder / "traceback-main.txt")
     shared.save(run_folder, args, shared.elapsed + time.monotonic() - started)
     if ended_by:
         outcome, status = f"Stopped by {signal.Signals(ended_by).name}", 128 + ended_by

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 class SharedAdam(torch.optim.Adam):
     """`torch.optim.Adam` with moments and step counts made at once, in shared memory.
 
+    `block` is that memory, (state_size(params),) zeros; if None, it is made.
+
     Workers step it without a lock (Hogwild, Recht et al. 2011), so now and then an increment of
     the step count is lost: a few in 100,000, which moves Adam's bias correction and the warm-up of
     --init by less than can be measured.
@@ -19,11 +21,9 @@ class SharedAdam(torch.optim.Adam):
     ) -> None:
         super().__init__(params, lr=lr, fused=True)
         params = self.param_groups[0]["params"]
-        # All state lies in one block: a shared block costs every process a file descriptor, and
-        # with --no-shared there is an optimiser for each worker.
-        sizes = [size for p in params for size in (1, p.numel(), p.numel())]
-        self._block = torch.zeros(sum(sizes)).share_memory_() if block is None else block
-        parts = iter(self._block.split(sizes))
+        if block is None:  # one for all: each costs every process a file descriptor
+            block = torch.zeros(state_size(params)).share_memory_()
+        parts = iter(block.split([size for p in params for size in (1, p.numel(), p.numel())]))
         for p in params:
             # The fused kernel runs through memory: moments must have the parameter's strides, not
             # only its shape.
@@ -32,16 +32,6 @@ class SharedAdam(torch.optim.Adam):
                 "exp_avg": next(parts).as_strided(p.shape, p.stride()),
                 "exp_avg_sq": next(parts).as_strided(p.shape, p.stride()),
             }
-
-    def __reduce__(self) -> tuple[type, tuple[list[nn.Parameter], float, Tensor]]:
-        """Return what makes it in another process: its block, not three tensors a parameter.
-
-        Where each worker has an optimiser, all together are to fit into the pipe by which a process
-        gets what it starts with. Else its start would wait until it has imported torch, and for
-        ever if it died meanwhile.
-        """
-        group = self.param_groups[0]
-        return type(self), (group["params"], group["lr"], self._block)
 
     def num_updates(self) -> int:
         """Return how many updates the moments have seen."""
@@ -72,6 +62,11 @@ class SharedAdam(torch.optim.Adam):
             amsgrad=False,
             maximize=False,
         )
+
+
+def state_size(params: Iterable[nn.Parameter]) -> int:
+    """Return how many numbers `SharedAdam` keeps: a step count and two moments a parameter."""
+    return sum(1 + 2 * p.numel() for p in params)
 
 
 def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:

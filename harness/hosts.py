@@ -97,10 +97,10 @@ class Host:
 
     def _start(self, train: Callable[..., None], args: argparse.Namespace) -> None:
         folder = Path(tempfile.mkdtemp(dir=Path.cwd()))  # in Ray's own, which it removes
-        jobs = []
-        for rank in range(args.num_processes):
-            to_train = rank, args, self._shared.for_worker(rank), folder
-            jobs.append(Job(f"training worker {rank}", rank, train, to_train))
+        jobs = [
+            Job(f"training worker {rank}", rank, train, (rank, args, self._shared, folder))
+            for rank in range(args.num_processes)
+        ]
         threading.Thread(target=self._supervise, args=(jobs, folder), daemon=True).start()
 
     def _supervise(self, jobs: list[Job], folder: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint import describe_versions
-from harness.episodes import EpisodeLog
+from harness.episodes import TRAINING, EpisodeLog
 from harness.shared import OF_A_SESSION, SharedState
 
 
@@ -34,8 +34,16 @@ def options_of(checkpoint: dict[str, Any], known: dict[str, Any]) -> dict[str, A
     return {k: v if isinstance(v, bool | None) else str(v) for k, v in options.items()}
 
 
-def refuse_if_over(args: Namespace, shared: SharedState, log: EpisodeLog) -> None:
-    """Raise `ValueError` if the run to resume has reached its end."""
+def go_on(
+    args: Namespace, shared: SharedState, checkpoint: dict[str, Any], run_folder: Path
+) -> None:
+    """Take up a run where its checkpoint left it; its tables' later rows are set aside.
+
+    Raises `OSError` or `ValueError`, also if the run is over.
+    """
+    shared.restore(checkpoint)
+    EpisodeLog(run_folder, shared.total_steps(), TRAINING)
+    log = EpisodeLog(run_folder, shared.total_steps())
     if shared.has_made(args.max_steps):
         raise ValueError(f"the run has made its {args.max_steps} steps: name a higher --max-steps")
     if log.has_reached(args.target_reward):

@@ -49,9 +49,10 @@ def _read_options(run_folder: Path) -> dict[str, Any] | None:
     return options
 
 
-def write_options(options: dict[str, Any], run_folder: Path) -> None:
-    """Write options.json; raise `OSError` if that fails."""
-    text = json.dumps(options, indent=2, default=str) + "\n"
+def write_options(options: dict[str, Any], run_folder: Path, num_steps: int) -> None:
+    """Write options.json of a run that has made so many steps; raise `OSError` if that fails."""
+    until = options_until(run_folder, options, num_steps)
+    text = json.dumps(options | ({"until": until} if until else {}), indent=2, default=str) + "\n"
     path = run_folder / "options.json"
     with name_in_write_errors(path):
         write(text.encode(), path)
@@ -70,7 +71,7 @@ def read_setting(run: Path) -> str:
 
 
 def options_until(run_folder: Path, options: dict[str, Any], num_steps: int) -> dict[str, Any]:
-    """Return what a run that is resumed with these options learned by before, where that differs.
+    """Return what a run that goes on with these options learned by before, where that differs.
 
     It is {training steps: {option: value until then}}, and options.json keeps it as "until".
     """

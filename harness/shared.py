@@ -1,12 +1,11 @@
 """What the processes of a run share: weights, moments, counts, requests to stop."""
 
 import argparse
-import copy
 import itertools
 import math
 import sys
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from harness.checkpoint import (
 from harness.utils import ALLOW_MORE_FILES, reason, report_write_errors, write
 from harness.workers import GO_ON
 from model import ActorCritic
-from my_optim import SharedAdam
+from my_optim import SharedAdam, state_size
 
 OF_A_SESSION = ("resume", "save_dir", "ray")  # options that a resumed run does not inherit
 # What each training worker adds up for TensorBoard and training.csv: its steps, sums over them,
@@ -64,10 +63,8 @@ class SharedState:
         n = args.num_processes
         try:
             self.model = ActorCritic(num_inputs, num_actions).share_memory()
-            self.optimizers = [
-                SharedAdam(self.model.parameters(), lr=args.lr)
-                for _ in range(n if args.no_shared else 1)
-            ]
+            size = n if args.no_shared else 1, state_size(self.model.parameters())
+            self._moments = torch.zeros(size).share_memory_()
             integers = torch.zeros(3 * n + 6, dtype=torch.int64).share_memory_()
             floats = torch.zeros((n + 1) * len(FIGURES) + 3, dtype=torch.float64).share_memory_()
         except RuntimeError as error:
@@ -76,16 +73,29 @@ class SharedState:
         self.steps, self.dropped, self.ready, self.stop, self.restarts = parts
         self.figures, self.statistics = floats[:-3].view(n + 1, len(FIGURES)), floats[-3:]
         self.elapsed = 0.0
+        self._lr = args.lr
+        self._make_optimizers()
+
+    def _make_optimizers(self) -> None:
+        params = list(self.model.parameters())
+        self.optimizers = [SharedAdam(params, self._lr, block) for block in self._moments]
+
+    # A process gets this through a pipe when it is started. With an optimiser for each worker it
+    # would not fit in: the start would wait until the process reads, and for ever if it died before
+    # that. So each process makes the optimisers for itself, around the moments that all share.
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all but the optimisers."""
+        return {name: value for name, value in vars(self).items() if name != "optimizers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take it, and make the optimisers."""
+        vars(self).update(state)
+        self._make_optimizers()
 
     def optimizer(self, rank: int) -> SharedAdam:
         """Return the optimiser of worker `rank`."""
         return self.optimizers[rank % len(self.optimizers)]
-
-    def for_worker(self, rank: int) -> Self:
-        """Return the same state, but of the optimisers only that of worker `rank`."""
-        own = copy.copy(self)
-        own.optimizers = [self.optimizer(rank)]
-        return own
 
     def total_steps(self) -> int:
         """Return the training steps of all workers."""

@@ -5,7 +5,6 @@ import errno
 import os
 import signal
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -13,7 +12,7 @@ from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from harness.utils import ALLOW_MORE_FILES, complain, reason, report_write_errors
+from harness.utils import ALLOW_MORE_FILES, complain, reason, write_traceback
 from harness.workers import CHILD_OF, FINISH, GRACE, STOP, num_cores
 
 MAX_DEATHS, DEATHS_WITHIN = 3, 600.0  # of one worker, within so many seconds; one more ends the run
@@ -52,8 +51,7 @@ def _run_job(job: Job, restarts: int, traceback_file: Path) -> None:
         job.target(*job.args, restarts)
     except Exception:
         status = 1
-        with report_write_errors(traceback_file):
-            traceback_file.write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
+        write_traceback(traceback_file)
     os._exit(status)  # taking an interpreter with torch down costs a second of a busy core
 
 

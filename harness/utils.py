@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TextIO
@@ -68,6 +69,12 @@ def name_in_write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"cannot write {path}: {reason(error)}") from error
+
+
+def write_traceback(path: Path) -> None:
+    """Write the traceback of the error that is being handled; if that fails, say so."""
+    with report_write_errors(path):
+        path.write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
 
 
 def _wait_for_the_disk(file: BinaryIO) -> None:

@@ -115,7 +115,7 @@ def read_back(path: Path, num_frames: int) -> None:
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
     if result.returncode:
         raise RuntimeError(result.stderr.decode(errors="replace").strip().rpartition("\n")[2])
-    found = int(re.findall(rb"^frame=(\d+)", result.stdout, re.MULTILINE)[-1])
+    found = max(map(int, re.findall(rb"^frame=(\d+)", result.stdout, re.MULTILINE)), default=0)
     if found < num_frames - 2:  # a GIF may have one or two less
         raise RuntimeError(f"it ends after {found} of {num_frames} frames")
 

@@ -83,7 +83,10 @@ def signals_held() -> Iterator[None]:
     Processes that are started meanwhile inherit that, and never ask. So a signal to the whole
     process group, as a terminal sends it, is the main process's business alone.
     """
-    resource_tracker.ensure_running()  # first, as its start unblocks signals
+    try:
+        resource_tracker.ensure_running()  # first, as its start unblocks signals
+    except OSError as error:
+        raise OSError(f"no process can be started: {reason(error)}") from error
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     # The handler's, and not `signal.sigwait`: only this thread blocks the signals, and one that
     # libraries have started may take them before a wait for them does, which then never ends.

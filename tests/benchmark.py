@@ -111,7 +111,6 @@ class Cell:
         self.shared = SharedState(args, 1, num_actions)
         if program == "textbook":
             self.shared.model = textbook.create_model(1, num_actions).share_memory()
-            self.shared.optimizers = [textbook.PlainAdam(self.shared.model.parameters(), args.lr)]
         self.times = torch.zeros(num_processes, len(PHASES), dtype=torch.float64).share_memory_()
         worker = {
             "game": play_game,

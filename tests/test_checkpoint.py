@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from conftest import options
 
 import main
@@ -29,12 +30,12 @@ def float64(*numbers):
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def learn(shared, seed):
+def learn(shared, seed, rank=0):
     """Update the shared weights, as a worker does, but from gradients drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in shared.model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-    shared.optimizer(0).step()
+    shared.optimizer(rank).step()
 
 
 def bits(shared):
@@ -164,6 +165,24 @@ def test_with_no_shared_every_worker_has_its_own_adam_again(tmp_path):
         next(iter(optimizer.state.values()))["step"].item() for optimizer in restored.optimizers
     ]
     assert counts == [1.0, 0.0, 1.0]
+
+
+def test_a_process_changes_the_weights_and_the_moments_that_all_share():
+    args = options(num_processes=2, no_shared=True)
+    torch.manual_seed(0)
+    shared = SharedState(args, 1, 6)
+    torch.manual_seed(0)
+    twin = SharedState(args, 1, 6)
+    process = mp.get_context("spawn").Process(target=learn, args=(shared, 7, 1))
+    process.start()
+    process.join()
+    learn(twin, 7, 1)
+    assert [optimizer.num_updates() for optimizer in shared.optimizers] == [0, 1]
+    assert all(map(torch.equal, shared.model.parameters(), twin.model.parameters()))
+    for state, expected in zip(
+        shared.optimizer(1).state.values(), twin.optimizer(1).state.values(), strict=True
+    ):
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 def test_a_checkpoint_that_cannot_be_written_costs_a_line(saved, capsys):

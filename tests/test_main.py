@@ -270,7 +270,7 @@ def test_dropped_rollouts_are_told_at_most_once_a_minute_and_at_the_end(run_here
 
     assert run_here(args, shared, happens()) == 0
     out, err = capsys.readouterr()
-    why = "rollouts so far dropped, as loss or gradient was not finite"
+    why = "rollouts dropped so far: loss or gradient not finite"
     assert err == f"2 {why}\n3 {why}\n5 {why}\n"
     assert "Done after 0 steps, 5 rollouts dropped; the run lies in " in out
 
@@ -345,13 +345,10 @@ def test_a_run_trains_and_ends_cleanly_also_with_an_adam_for_each_worker(tmp_pat
 
 def test_what_a_worker_is_started_with_fits_into_a_pipe_however_many_there_are(tmp_path):
     """If it did not, its start would wait until it reads, and for ever if it died before that."""
-    args = options(num_processes=8, no_shared=True)
-    shared = SharedState(args, 1, 6)
-    jobs = main.create_jobs(args, shared, tmp_path, 0.0)
-    assert len(jobs) == 9
+    args = options(num_processes=8, no_shared=True, ray="127.0.0.1:6379")
+    jobs = main.create_jobs(args, SharedState(args, 1, 6), tmp_path, 0.0)
+    assert len(jobs) == 10
     assert max(size_as_sent(job) for job in jobs) < 12_000  # a pipe of macOS has 16 KiB at first
-    for rank, job in enumerate(job for job in jobs if job.name.startswith("training")):
-        assert job.args[2].optimizer(rank) is shared.optimizers[rank]
 
 
 def test_where_no_process_can_be_started_a_line_says_so(monkeypatch, capsys):

@@ -116,12 +116,12 @@ def test_options_that_are_none_are_refused_in_one_line(text, tmp_path):
 
 
 def test_a_full_disk_leaves_the_options_as_they_were_and_is_one_line(tmp_path):
-    write_options({"lr": 0.5}, tmp_path)
+    write_options({"lr": 0.5}, tmp_path, 0)
     before = (tmp_path / "options.json").read_text()
     with (
         files_end_at(5),
         pytest.raises(OSError, match=r"write .*/options\.json: File too") as e,
     ):
-        write_options({"lr": 0.25}, tmp_path)
+        write_options({"lr": 0.25}, tmp_path, 0)
     assert "\n" not in str(e.value)
     assert (tmp_path / "options.json").read_text() == before

@@ -14,7 +14,6 @@ from gym import spaces
 
 from envs import AtariEnv, NormalizedObservation
 from model import ActorCritic
-from my_optim import SharedAdam
 
 
 class ColourScreen(gym.ObservationWrapper):
@@ -48,16 +47,6 @@ def create_env(env_id):
 
 def create_model(num_inputs, num_actions):
     return ActorCritic(num_inputs, num_actions).to(memory_format=torch.contiguous_format)
-
-
-class PlainAdam(SharedAdam):
-    """PyTorch's own step, one tensor after another, with the shared state."""
-
-    def __init__(self, params, lr, block=None):
-        super().__init__(params, lr, block)
-        self.param_groups[0].update(fused=False, foreach=False)
-
-    step = torch.optim.Adam.step
 
 
 def loss_of(values, log_probs, entropies, rewards, bootstrap, args):
@@ -102,6 +91,7 @@ def train(rank, args, shared, run_folder, restarts):
     torch.set_num_threads(1)
     seed = args.seed + rank
     optimizer = shared.optimizer(rank)
+    optimizer.param_groups[0].update(fused=False, foreach=False)  # one tensor after another
     torch.manual_seed(seed)
     env = create_env(args.env_name)
     model = create_model(env.observation_space.shape[0], env.action_space.n)
@@ -138,7 +128,7 @@ def train(rank, args, shared, run_folder, restarts):
             model.parameters(), shared.model.parameters(), strict=True
         ):
             shared_parameter.grad = parameter.grad
-        optimizer.step()
+        torch.optim.Adam.step(optimizer)  # PyTorch's own
         shared.steps[rank] += len(rewards)
 
         if terminated or truncated:
