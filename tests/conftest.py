@@ -27,6 +27,17 @@ def options(**changes):
     return SimpleNamespace(**vars(main.parse_args(argv.split())) | changes)
 
 
+def refused(argv, capsys):
+    """Return the one line in which main.py refuses these options, before any process starts."""
+    with contextlib.ExitStack() as until_the_end, pytest.raises(SystemExit) as stop:
+        main.prepare(argv, until_the_end)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("error: ")
+    return err.removeprefix("error: ")
+
+
 def environment(folder, **modules):
     """Return an environment in which Python finds these modules, name=source, before any other."""
     folder.mkdir()

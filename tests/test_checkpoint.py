@@ -6,9 +6,8 @@ import threading
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import options
+from conftest import options, refused
 
-import main
 from harness.checkpoint import (
     BestAgent,
     dump,
@@ -60,16 +59,6 @@ def change(folder, **contents):
     """Write the folder's checkpoint again, with some of its contents changed."""
     path = folder / "checkpoint.pt"
     write(dump(read(path) | contents), path)
-
-
-def refused(argv, capsys):
-    """Return the one line in which main.py refuses to do what it is asked for."""
-    with pytest.raises(SystemExit) as stop:
-        main.main(argv)
-    assert stop.value.code == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    return err
 
 
 # The run folder.
@@ -348,13 +337,13 @@ def test_an_option_that_this_version_lacks_is_named_with_the_versions(saved, nam
 def test_a_checkpoint_that_cannot_be_read_says_so(tmp_path, capsys):
     (tmp_path / "checkpoint.pt").mkdir()
     message = refused(["--resume", str(tmp_path)], capsys)
-    assert message == f"error: cannot read {tmp_path}/checkpoint.pt: Is a directory\n"
+    assert message == f"cannot read {tmp_path}/checkpoint.pt: Is a directory\n"
 
 
 def test_a_checkpoint_that_is_a_link_to_nothing_says_so(tmp_path, capsys):
     (tmp_path / "checkpoint.pt").symlink_to("missing")
     message = refused(["--resume", str(tmp_path)], capsys)
-    assert message == f"error: cannot read {tmp_path}/checkpoint.pt: No such file or directory\n"
+    assert message == f"cannot read {tmp_path}/checkpoint.pt: No such file or directory\n"
 
 
 @pytest.mark.parametrize(
@@ -378,7 +367,7 @@ def test_a_run_that_has_reached_its_target_says_so(saved, capsys):
         log.append(Episode(n, 0.1 * n, 60, 10, 3.0, 1000))
     shared.save(folder, options(target_reward=-5.0), 0.0)
     message = refused(["--resume", str(folder), "--max-steps", "1000"], capsys)
-    assert message == "error: the run has reached its -5.0: name a higher --target-reward\n"
+    assert message == "the run has reached its -5.0: name a higher --target-reward\n"
 
 
 def test_a_wish_to_finish_does_not_take_back_one_to_stop():
