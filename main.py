@@ -165,7 +165,6 @@ def prepare(
             run_folder = make_run_folder(args.save_dir, args.env_name)
             until_the_end.enter_context(workers.run_folder_locked(run_folder))
         write_options(vars(args), run_folder, shared.total_steps())
-        (run_folder / "videos").mkdir(exist_ok=True)
     except (OSError, ValueError) as error:
         fail(error)
     return args, shared, run_folder

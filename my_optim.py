@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class SharedAdam(torch.optim.Adam):
     """`torch.optim.Adam` with moments and step counts made at once, in shared memory.
 
-    `block` is that memory, (state_size(params),) zeros; if None, it is made.
+    `block` is that memory, (state_size(params),), zeros at first; if None, it is made.
 
     Workers step it without a lock (Hogwild, Recht et al. 2011), so now and then an increment of
     the step count is lost: a few in 100,000, which moves Adam's bias correction and the warm-up of

@@ -42,10 +42,10 @@ def go_on(
     Raises `OSError` or `ValueError`, also if the run is over.
     """
     shared.restore(checkpoint)
-    EpisodeLog(run_folder, shared.total_steps(), TRAINING)
-    log = EpisodeLog(run_folder, shared.total_steps())
     if shared.has_made(args.max_steps):
         raise ValueError(f"the run has made its {args.max_steps} steps: name a higher --max-steps")
+    EpisodeLog(run_folder, shared.total_steps(), TRAINING)
+    log = EpisodeLog(run_folder, shared.total_steps())
     if log.has_reached(args.target_reward):
         reached = f"the run has reached its {args.target_reward}"
         raise ValueError(f"{reached}: name a higher --target-reward")

@@ -1,6 +1,7 @@
 """What the processes of a run share: weights, moments, counts, requests to stop."""
 
 import argparse
+import functools
 import itertools
 import math
 import sys
@@ -40,7 +41,6 @@ class SharedState:
 
     Attributes:
         model: the shared weights.
-        optimizers: the shared Adam; with --no-shared, one for each training worker.
         steps: (num_processes + 1,) int64, training steps. A slot a worker, so there is no lock, and
             one for all other machines (harness/hosts.py; on one of those, all but itself); the
             paper's T is their sum.
@@ -74,24 +74,23 @@ class SharedState:
         self.figures, self.statistics = floats[:-3].view(n + 1, len(FIGURES)), floats[-3:]
         self.elapsed = 0.0
         self._lr = args.lr
-        self._make_optimizers()
 
-    def _make_optimizers(self) -> None:
+    @functools.cached_property
+    def optimizers(self) -> list[SharedAdam]:
+        """Return the shared Adam; with --no-shared, one for each training worker.
+
+        Each process makes them for itself, around the moments that all share.
+        """
         params = list(self.model.parameters())
-        self.optimizers = [SharedAdam(params, self._lr, block) for block in self._moments]
-
-    # A process gets this through a pipe when it is started. With an optimiser for each worker it
-    # would not fit in: the start would wait until the process reads, and for ever if it died before
-    # that. So each process makes the optimisers for itself, around the moments that all share.
+        return [SharedAdam(params, self._lr, block) for block in self._moments]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all but the optimisers."""
-        return {name: value for name, value in vars(self).items() if name != "optimizers"}
+        """Return what a process is sent through a pipe when it is started: no optimisers.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take it, and make the optimisers."""
-        vars(self).update(state)
-        self._make_optimizers()
+        Many would not fit in: the start would wait until the process reads, and for ever if it died
+        before that.
+        """
+        return {name: value for name, value in vars(self).items() if name != "optimizers"}
 
     def optimizer(self, rank: int) -> SharedAdam:
         """Return the optimiser of worker `rank`."""

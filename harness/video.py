@@ -50,6 +50,7 @@ class Video:
         self._values: deque[float] = deque(maxlen=int(5 * self._fps))
 
     def _start_ffmpeg(self, height: int, width: int) -> Generator[None, np.ndarray, None]:
+        self._path.parent.mkdir(exist_ok=True)
         self._path.touch()  # tells the reason where ffmpeg would only break its pipe
         palette = "split[a][b];[a]palettegen=max_colors=64[p];[b][p]paletteuse=dither=none"
         gif = {"codec": "gif", "pix_fmt_out": "pal8", "output_params": ["-filter_complex", palette]}

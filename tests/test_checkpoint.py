@@ -360,6 +360,16 @@ def test_a_run_that_cannot_go_on_says_why(saved, argv, message, capsys):
     assert message in refused(["--resume", str(folder), *argv.split()], capsys)
 
 
+def test_a_run_that_is_over_keeps_the_rows_after_its_checkpoint(saved, capsys):
+    folder, _ = saved
+    EpisodeLog(folder, 0).append(Episode(0, 0.1, 80, 10, 3.0, 1000))
+    table = (folder / "episodes.csv").read_text()
+    message = refused(["--resume", str(folder)], capsys)
+    assert message == "the run has made its 60 steps: name a higher --max-steps\n"
+    assert (folder / "episodes.csv").read_text() == table
+    assert not (folder / "episodes.csv.bak").exists()
+
+
 def test_a_run_that_has_reached_its_target_says_so(saved, capsys):
     folder, shared = saved
     log = EpisodeLog(folder, 0)

@@ -355,7 +355,7 @@ def test_a_run_that_a_full_disk_did_not_let_begin_can_be_started_again(
     with contextlib.ExitStack() as until_the_end:
         _, _, run_folder = main.prepare(argv, until_the_end)
     names = {path.name for path in run_folder.iterdir()}
-    assert names == {".locks", "options.json", "videos"}
+    assert names == {".locks", "options.json"}
 
 
 def test_a_network_that_was_changed_in_one_file_only_is_one_line(tmp_path, monkeypatch, capsys):

@@ -118,7 +118,7 @@ def test_a_gif_plays(tmp_path):
 )
 def test_a_video_is_written_whatever_its_name_and_its_folders(name, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).parent.parent.mkdir(parents=True, exist_ok=True)  # of a run; "videos" is not there
     record(Path(name), frames=5)
     assert capfd.readouterr() == ("", "")
     assert len(frames_of(name)[1]) == pytest.approx(5, abs=1 if name.endswith("gif") else 0)
@@ -128,7 +128,7 @@ def test_a_video_is_written_whatever_its_name_and_its_folders(name, tmp_path, mo
 # imageio_ffmpeg leaves the broken pipe to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_video_that_cannot_be_written_costs_a_line_and_the_game_goes_on(tmp_path, capfd):
-    path = tmp_path / "missing" / "game.mp4"
+    path = tmp_path / "missing" / "videos" / "game.mp4"
     assert len(record(path)) == 71
     out, err = capfd.readouterr()
     assert out == ""
