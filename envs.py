@@ -95,6 +95,9 @@ class AtariEnv(gym.Env):
         self.action_names = [action.name for action in self._actions]
         self.action_space = spaces.Discrete(len(self._actions))
         self.observation_space = spaces.Box(0, 255, self.ale.getScreenDims(), np.uint8)
+        # All that NormalizedObservation knows: its two averages before their correction, and the
+        # number of frames in them. Here they are found whatever wraps the game.
+        self.statistics: tuple[float, float, int] = (0.0, 0.0, 0)
 
     def _load_seeded_rom(self) -> None:
         # The emulator reads its settings, the seed among them, only while it loads a ROM.
@@ -189,18 +192,16 @@ class NormalizedObservation(gym.ObservationWrapper):
         self.observation_space = spaces.Box(
             -np.inf, np.inf, env.observation_space.shape, np.float32
         )
-        # All that it knows: the two averages before their correction, and the number of frames in
-        # them.
-        self.statistics: tuple[float, float, int] = (0.0, 0.0, 0)
+        self._game = self.unwrapped
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
         """Take one frame into the averages and normalise it with them."""
-        mean, std, num_frames = self.statistics
+        mean, std, num_frames = self._game.statistics
         frame_mean, frame_std = cv2.meanStdDev(observation[0])
         mean += (1 - self.DECAY) * (frame_mean.item() - mean)
         std += (1 - self.DECAY) * (frame_std.item() - std)
         num_frames += 1
-        self.statistics = mean, std, num_frames
+        self._game.statistics = mean, std, num_frames
         correction = 1 - self.DECAY**num_frames
         return (observation - mean / correction) / (std / correction + 1e-8)
 
@@ -211,9 +212,9 @@ def create_atari_env(
     """Return the game of an id, with observations (1, 42, 42) float32, normalised.
 
     Rewards are not clipped. An episode is truncated after `max_episode_length` steps; at its end
-    `info["episode"]` holds its reward "r" and its length "l". The normaliser is outermost, so
-    `env.statistics` is what it has learnt. Raises `ValueError` for an unknown id or render mode
-    ("rgb_array", "human" or None).
+    `info["episode"]` holds its reward "r" and its length "l". What the normaliser has learnt is in
+    `env.unwrapped.statistics`. Raises `ValueError` for an unknown id or render mode ("rgb_array",
+    "human" or None).
     """
     env = AtariEnv(env_id, render_mode)
     if max_episode_length is not None:

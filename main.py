@@ -155,7 +155,7 @@ def prepare(
         env = create_atari_env(args.env_name)
         shape = env.observation_space.shape
         shared = SharedState(args, shape[0], env.action_space.n)
-        rollout.check(shared.model, shape)
+        different = rollout.difference(shared.model, shape)
         if checkpoint:
             run_folder = args.resume
             go_on(args, shared, checkpoint, run_folder)
@@ -165,6 +165,9 @@ def prepare(
             run_folder = make_run_folder(args.save_dir, args.env_name)
             until_the_end.enter_context(workers.run_folder_locked(run_folder))
         write_options(vars(args), run_folder, shared.total_steps())
+        if different:
+            slower = "workers use autograd, at half the speed"
+            complain(f"rollout.py does not know the network of model.py ({different}): {slower}")
     except (OSError, ValueError) as error:
         fail(error)
     return args, shared, run_folder

@@ -106,7 +106,7 @@ def evaluate(
     torch.set_num_threads(1)
     rng = random.Random(f"{args.seed}, {args.num_processes}, {restarts}")
     env = create_atari_env(args.env_name, "rgb_array", args.max_episode_length)
-    env.statistics = valid_statistics(shared.statistics)
+    env.unwrapped.statistics = valid_statistics(shared.statistics)
     env.unwrapped.reset(seed=rng.randrange(2**31))  # inside, where the normaliser does not see it
     model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
     # It enters for each step; a turn is to last as long as a training worker's, two rollouts.
@@ -138,8 +138,8 @@ def evaluate(
         last_time, last_steps = now, num_steps
         row = Episode(episode, elapsed, num_steps, fps, reward, length)
         log.append(row)
-        shared.statistics[:] = torch.tensor(env.statistics, dtype=torch.float64)
-        best.offer(log.mean_reward(), args.env_name, model, env.statistics, num_steps)
+        shared.statistics[:] = torch.tensor(env.unwrapped.statistics, dtype=torch.float64)
+        best.offer(log.mean_reward(), args.env_name, model, env.unwrapped.statistics, num_steps)
         figures, num_trained, last_sums = shared.mean_figures(since=last_sums)
         if num_trained:
             training_log.append(training_row(row, training_log, num_trained, figures))
@@ -172,7 +172,7 @@ def play(args: argparse.Namespace) -> None:
     """
     torch.set_num_threads(1)  # more would mostly wait for each other on a busy machine
     env, model = load_agent(args.agent, args.render or "rgb_array")
-    game, statistics = env.unwrapped.game, env.statistics
+    game, statistics = env.unwrapped.game, env.unwrapped.statistics
     low, high = game.frame_skip
     if args.greedy and game.repeat_action_probability == 0 and high - low == 1:
         env_id = env.unwrapped.env_id
@@ -180,7 +180,7 @@ def play(args: argparse.Namespace) -> None:
     rewards = []
     for episode in range(args.episodes):
         rng = random.Random(f"{args.seed}, {episode}")
-        env.statistics = statistics  # the same for all, so that each depends on its seed alone
+        env.unwrapped.statistics = statistics  # so that each depends on its seed alone
         video = Video(args.record if episode == 0 else None, env, args.annotate)
         seed = rng.randrange(2**31)
         reward, length = play_episode(env, model, rng, video, greedy=args.greedy, seed=seed)

@@ -14,7 +14,7 @@ from harness.shared import SharedState
 from harness.workers import CoreTurn
 from model import ActorCritic
 from my_optim import SharedAdam
-from rollout import Rollout
+from rollout import create_rollout
 
 WARM_UP = 2000  # updates: 2 / (1 - beta_2), with Adam's beta_2 of 0.999 (Ma and Yarats 2021)
 
@@ -88,7 +88,7 @@ def learning_rate_and_beta(
 
 
 def copy_weights(source: ActorCritic, target: ActorCritic) -> None:
-    """Copy all weights in place: `Rollout` keeps views of them."""
+    """Copy all weights in place, as `Rollout` keeps views of them."""
     with torch.no_grad():
         torch._foreach_copy_(list(target.parameters()), list(source.parameters()))
 
@@ -112,10 +112,10 @@ def train(rank: int, args: Namespace, shared: SharedState, run_folder: Path, res
     torch.set_num_threads(1)
     rng = random.Random(f"{args.seed}, {rank}, {restarts}")  # no two workers draw the same
     env = create_atari_env(args.env_name, max_episode_length=args.max_episode_length)
-    env.statistics = valid_statistics(shared.statistics)
+    env.unwrapped.statistics = valid_statistics(shared.statistics)
     model = ActorCritic(env.observation_space.shape[0], env.action_space.n)
     optimizer = shared.optimizer(rank)
-    rollout = Rollout(model, args.num_steps)  # the network, acting step by step, learning in bulk
+    rollout = create_rollout(model, env.observation_space.shape, args.num_steps)
     turn = CoreTurn(run_folder, rank)  # waits until a core is this worker's, for two rollouts
     observation, _ = env.reset(seed=rng.randrange(2**31))
     state = model.initial_state()
@@ -125,7 +125,7 @@ def train(rank: int, args: Namespace, shared: SharedState, run_folder: Path, res
             # 1. Copy the shared weights.
             copy_weights(shared.model, model)
 
-            # 2. Act for one rollout, at most to the episode's end.
+            # 2. Act for one rollout, at most to the episode's end; rollout.py asks the network.
             rollout.start(observation, state)
             for _ in range(args.num_steps):
                 observation, reward, terminated, truncated, info = env.step(rollout.act(rng))

@@ -116,7 +116,7 @@ def load_agent(path: str | Path, render_mode: str | None = None) -> tuple[gym.En
         env = create_atari_env(env_name, render_mode)
         model = ActorCritic(env.observation_space.shape[0], num_actions)
         load_weights(model, weights)
-        env.statistics = valid_statistics(contents["observation_statistics"])
+        env.unwrapped.statistics = valid_statistics(contents["observation_statistics"])
     except Exception as error:  # there is no end to what a foreign file may hold
         raise ValueError(f"{path} holds no agent of this network ({reason(error)})") from error
     if num_actions != env.action_space.n:

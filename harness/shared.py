@@ -187,7 +187,7 @@ class SharedState:
                 f"{agent} plays {plays} with {size} actions, but {env_name} has {other}"
             )
         self.model.load_state_dict(model.state_dict())
-        self.statistics.copy_(torch.tensor(env.statistics, dtype=torch.float64))
+        self.statistics.copy_(torch.tensor(env.unwrapped.statistics, dtype=torch.float64))
 
     def restore(self, contents: dict[str, Any]) -> None:
         """Go on from a checkpoint's contents; raise `ValueError` if they do not fit."""

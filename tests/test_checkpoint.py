@@ -445,7 +445,7 @@ def test_an_agent_is_loaded_by_a_path_or_a_text_and_ready_to_play(saved):
     for path in folder, str(folder), folder / "checkpoint.pt", str(folder / "checkpoint.pt"):
         env, model = load_agent(path)
         assert env.unwrapped.env_id == "PongDeterministic-v4"
-        assert env.statistics == STATISTICS
+        assert env.unwrapped.statistics == STATISTICS
         for a, b in zip(model.parameters(), shared.model.parameters(), strict=True):
             assert torch.equal(a, b)
             assert not a.requires_grad
@@ -453,11 +453,11 @@ def test_an_agent_is_loaded_by_a_path_or_a_text_and_ready_to_play(saved):
 
 def test_the_agent_of_a_run_folder_is_its_best_where_there_is_one(saved):
     folder, _ = saved
-    assert load_agent(folder)[0].statistics == STATISTICS
+    assert load_agent(folder)[0].unwrapped.statistics == STATISTICS
     best = BestAgent(folder)
     best.offer((1, 1.0), "Breakout-v4", ActorCritic(1, 4), (0.5, 0.1, 7), 10)
     env, _ = load_agent(folder)
-    assert (env.unwrapped.env_id, env.statistics) == ("Breakout-v4", (0.5, 0.1, 7))
+    assert (env.unwrapped.env_id, env.unwrapped.statistics) == ("Breakout-v4", (0.5, 0.1, 7))
 
 
 def test_the_game_of_a_loaded_agent_draws_what_it_is_asked_to(saved):

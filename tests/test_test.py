@@ -131,7 +131,7 @@ def test_an_episode_is_the_same_recorded_or_not():
     for recorder in Recorder(), Video(None, None):
         env, rng = create_atari_env("ALE/Boxing-v5", max_episode_length=200), random.Random(0)
         outcome = evaluator.play_episode(env, opinionated(18), rng, recorder, seed=0)
-        outcomes.append((outcome, env.statistics, rng.random()))
+        outcomes.append((outcome, env.unwrapped.statistics, rng.random()))
     assert outcomes[0] == outcomes[1]
 
 
@@ -293,8 +293,9 @@ def test_a_saved_agent_can_be_played_in_a_loop_of_ones_own(agent, shorten):
     same, model = load_agent(agent)
     played = evaluator.play_episode(same, model, None, Video(None, same), greedy=True, seed=7)
     assert played == (total_reward, 300)
-    assert env.statistics == same.statistics  # of all pictures that were seen
-    assert env.statistics[2] == STATISTICS[2] + 301
+    statistics = env.unwrapped.statistics  # of all pictures that were seen
+    assert statistics == same.unwrapped.statistics
+    assert statistics[2] == STATISTICS[2] + 301
 
 
 def test_ctrl_c_while_playing_is_no_traceback(agent):

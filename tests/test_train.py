@@ -17,6 +17,7 @@ from harness.shared import SharedState
 from harness.workers import STOP
 from model import ActorCritic
 from my_optim import SharedAdam
+from rollout import PlainRollout, Rollout
 from train import a3c_losses, returns_and_advantages
 
 # Rewards 1, 0, 2; values 0.5, 1, -1 and the bootstrap 4; gamma 0.5.
@@ -180,9 +181,11 @@ def test_the_bootstrap_is_zero_after_an_end_and_the_critics_value_after_a_cut(
     assert value.abs() > 1e-3
 
 
+@pytest.mark.parametrize("kind", [Rollout, PlainRollout])
 def test_the_recurrent_state_goes_on_in_the_next_rollout_and_is_zero_in_the_next_episode(
-    losses_of, monkeypatch, tmp_path
+    kind, losses_of, monkeypatch, tmp_path
 ):
+    monkeypatch.setattr(train, "create_rollout", lambda model, _, length: kind(model, length))
     game = ShortGame(True, False)
     monkeypatch.setattr(train, "create_atari_env", lambda _, **limit: recorded_env(game, **limit))
     args = options(lr=0.0, num_steps=2, max_steps=6)
@@ -346,13 +349,12 @@ def test_a_worker_has_counts_an_adam_and_a_turn_of_its_own(monkeypatch, tmp_path
 
 def test_a_worker_s_normaliser_starts_from_the_run_s_and_is_its_own(monkeypatch, tmp_path):
     envs, create = [], train.create_atari_env
-    monkeypatch.setattr(
-        train, "create_atari_env", lambda *a, **k: envs.append(create(*a, **k)) or envs[-1]
-    )
+    wrapped = lambda *a, **k: envs.append(gym.Wrapper(create(*a, **k))) or envs[-1]  # noqa: E731
+    monkeypatch.setattr(train, "create_atari_env", wrapped)
     shared = create_shared(options())
     shared.statistics[:] = torch.tensor([0.5, 0.25, 1000.0])
     train_here(options(), tmp_path, shared)
-    assert envs[0].statistics[2] == 1000 + 61  # the first picture, and one a step
+    assert envs[0].unwrapped.statistics[2] == 1000 + 61  # the first picture, and one a step
     assert shared.statistics.tolist() == [0.5, 0.25, 1000.0]
 
 

@@ -33,11 +33,11 @@ class Normalized(NormalizedObservation):
     """The same normaliser in numpy."""
 
     def observation(self, observation):
-        mean, std, n = self.statistics
+        mean, std, n = self.unwrapped.statistics
         mean = mean * self.DECAY + observation.mean() * (1 - self.DECAY)
         std = std * self.DECAY + observation.std() * (1 - self.DECAY)
         n += 1
-        self.statistics = mean, std, n
+        self.unwrapped.statistics = mean, std, n
         return (observation - mean / (1 - self.DECAY**n)) / (std / (1 - self.DECAY**n) + 1e-8)
 
 
