@@ -23,7 +23,12 @@ RUNS = sorted(path.parent for path in RESULTS.glob("*/episodes.csv"))
 
 @pytest.mark.parametrize(
     ("agent", "at_least"),
-    [("Pong-v0", 1), ("BreakoutDeterministic-v4", 15), ("SeaquestDeterministic-v4", 1000)],
+    [
+        ("Pong-v0", 1),
+        ("BreakoutDeterministic-v4", 15),
+        ("SeaquestDeterministic-v4", 1000),
+        ("SpaceInvadersDeterministic-v4", 200),
+    ],
 )
 def test_a_published_agent_plays_well(agent, at_least, capsys):
     evaluator.main([str(RESULTS / f"{agent}.pt"), "--episodes", "1", "--seed", "5", "--json"])
