@@ -26,7 +26,7 @@ import torch.multiprocessing as mp
 import rollout
 from envs import create_atari_env, find_game
 from harness import link, utils
-from harness.checkpoint import checkpoint_of, make_run_folder, read_checkpoint
+from harness.checkpoint import checkpoint_of, load_agent, make_run_folder, read_checkpoint
 from harness.resume import go_on, options_of, way_on
 from harness.settings import write_options
 from harness.shared import SharedState
@@ -47,9 +47,10 @@ def add_run_options(add: Callable[..., Any]) -> None:
     add("--max-episode-length", type=count, default=1_000_000, help="steps that cut an episode")
     add("--seed", type=number(int, 0), default=1, help="of weights, games and sampling")
     add("--save-dir", type=path, help="run folder; None: runs/<env-name>-<k>, the next free k")
-    agent = utils.nonempty_text
-    add("--init", type=agent, metavar="AGENT", help="start from it: run folder or best.pt")
-    add("--resume", type=path, metavar="RUN", help="go on with this run, with its options")
+    agent, run = utils.nonempty_text, utils.run_folder
+    start = "start from it, by default in its game: run folder or best.pt"
+    add("--init", type=agent, metavar="AGENT", help=start)
+    add("--resume", type=run, metavar="RUN", help="go on with this run, with its options")
     seconds = number(float, 1)
     add("--checkpoint-interval", type=seconds, default=60.0, help="seconds between checkpoints")
     every = number(int, 0)
@@ -64,7 +65,7 @@ def add_run_options(add: Callable[..., Any]) -> None:
 
 
 def add_learning_options(add: Callable[..., Any]) -> None:
-    """Add the hyper-parameters."""
+    """Add the hyper-parameters; each also has its place in harness/settings.LEARNS_BY."""
     weight, fraction = number(float, 0), number(float, 0, 1)
     schedule = {"type": one_of("constant", "linear"), "metavar": "{constant,linear}"}
     linear = "linear: to zero at --max-steps"
@@ -151,6 +152,8 @@ def prepare(
             checkpoint_of(args.resume)  # before the lock makes a file in a folder that is no run's
             until_the_end.enter_context(workers.run_folder_locked(args.resume))
             args, checkpoint = find_run(args, argv)
+        elif args.init is not None:  # its game is the default
+            args = parse_args(argv, env_name=load_agent(args.init)[0].unwrapped.env_id)
         torch.manual_seed(args.seed)
         env = create_atari_env(args.env_name)
         shape = env.observation_space.shape

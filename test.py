@@ -210,7 +210,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.error = fail
     add, path, switch = parser.add_argument, utils.nonempty_path, "store_true"
     add("agent", type=path, nargs="?", help="run folder, best.pt or checkpoint.pt")
-    add("--plot", type=path, nargs="+", metavar="RUN", help="draw into comparison.png")
+    plot = "draw into comparison.png, those with equal options as their mean"
+    add("--plot", type=path, nargs="+", metavar="RUN", help=plot)
     add("--games", action=switch, help="list the games")
     add("--episodes", type=number(int, 1), default=10, help="to play (default: 10)")
     add("--greedy", action=switch, help="likeliest action instead of sampling")
@@ -223,7 +224,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if sum([args.agent is not None, args.plot is not None, args.games]) != 1:
         fail("name an agent to play (a run folder, best.pt), or --plot runs, or --games")
+    played = "episodes", "greedy", "seed", "record", "annotate", "render", "json"
+    unused = [name for name in played if vars(args)[name] != parser.get_default(name)]
+    if unused and args.agent is None:
+        fail(f"argument --{unused[0]}: needs an agent to play")
     record = args.record
+    if args.annotate and not record:
+        fail("argument --annotate: needs --record, as it is the video that shows it")
     if record and (record.suffix not in (".mp4", ".gif") or os.path.isdir(record) or args.render):
         fail("argument --record: must be an .mp4 or .gif file, without --render")
     if record and not _is_writable(record):

@@ -33,10 +33,13 @@ FILES = (
 
 
 def load_weights(model: ActorCritic, weights: dict[str, Tensor]) -> None:
-    """Load a state dict; raise `ValueError` or `RuntimeError` if it does not fit."""
+    """Load a state dict; raise `ValueError` if it does not fit."""
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise ValueError("weights that are not finite")
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # a title, and then a line for each thing that does not fit
+        raise ValueError(str(error).splitlines()[-1].strip()) from error
 
 
 def describe_versions(contents: dict[str, Any]) -> str:
@@ -188,8 +191,8 @@ def checkpoint_of(run_folder: Path) -> Path:
     path = run_folder / "checkpoint.pt"
     if not os.path.lexists(path):
         if (run_folder / "options.json").exists():
-            ended = f"the run in {run_folder} ended before its first checkpoint"
-            raise ValueError(f"{ended}: start it again in another folder")
+            ended = "if it has ended, start it again in another folder"
+            raise ValueError(f"the run in {run_folder} has no checkpoint yet; {ended}")
         raise ValueError(f"{run_folder} is no run's folder: there is no {path}")
     return path
 

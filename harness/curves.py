@@ -41,7 +41,8 @@ def _labels(runs: list[Path]) -> list[str]:
     if len(set(names)) < len(names):
         names = [str(run) for run in runs]
     names = [os.fsencode(name).decode(errors="replace") for name in names]
-    return [f" {name}".replace("$", r"\$") for name in names]  # it hides those that start with "_"
+    names = [name.replace("$", r"\$") for name in names]
+    return [f" {name}" if name.startswith("_") else name for name in names]  # it hides those
 
 
 def _thinned(*columns: np.ndarray) -> list[np.ndarray]:
@@ -76,12 +77,16 @@ def draw_curve(episodes: np.ndarray, path: Path, what: str = TEST_EPISODE) -> No
 
 
 def _add_hours(axis: object, steps: np.ndarray, hours: np.ndarray) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axis.set_xlim(0, steps[-1])
     # From zero to far beyond the end, so that ticks outside stay outside.
     steps, hours = (np.concatenate([[0.0], e, 2 * e[-1:]]) for e in (steps, hours))
     there = lambda x: np.interp(x, steps, hours)  # noqa: E731
     back = lambda h: np.interp(h, hours, steps)  # noqa: E731
-    axis.secondary_xaxis("top", functions=(there, back)).set_xlabel("hours")
+    top = axis.secondary_xaxis("top", functions=(there, back))
+    top.set_xlabel("hours")
+    top.xaxis.set_major_locator(MaxNLocator(6))  # more would touch: 0.0025, 0.005 ...
 
 
 def draw_comparison(runs: list[Path], path: Path) -> None:
@@ -110,7 +115,7 @@ def draw_comparison(runs: list[Path], path: Path) -> None:
             if len(seeds) == 1:
                 label, (steps, mean) = seeds[0][0], curves[0]
             else:
-                label = textwrap.fill("mean of" + ",".join(label for label, _ in seeds), 60)
+                label = textwrap.fill("mean of " + ", ".join(label for label, _ in seeds), 60)
                 start, end = max(s[0] for s, _ in curves), min(s[-1] for s, _ in curves)
                 steps = np.linspace(start, end, 500)
                 means = np.array([np.interp(steps, s, m) for s, m in curves])

@@ -62,7 +62,7 @@ def way_on(args: Namespace, shared: SharedState, run_folder: Path, script: str) 
         return f"a new run starts from its agent with: {shlex.join(command)}"
     command += ["--resume", folder]
     if is_over:
-        command += ["--max-steps", str(2 * args.max_steps)]
+        command += ["--max-steps", str(2 * shared.total_steps())]
     with contextlib.suppress(OSError, ValueError):
         log = EpisodeLog(run_folder, shared.total_steps())
         if log.has_reached(args.target_reward):

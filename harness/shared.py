@@ -207,9 +207,9 @@ class SharedState:
             if self.steps[0] < 0 or not 0 <= self.elapsed < math.inf:
                 raise ValueError("a negative count")
         except Exception as error:  # there is no end to what a foreign file may hold
-            made_by = f", but was made with {describe_versions(contents)}"
             raise ValueError(
-                f"not a checkpoint of this version{made_by} ({reason(error)})"
+                f"this version of the program cannot go on from the checkpoint ({reason(error)}), "
+                f"made with {describe_versions(contents)}"
             ) from error
 
 

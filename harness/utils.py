@@ -157,6 +157,12 @@ def nonempty_path(text: str) -> Path:
     return Path(nonempty_text(text))
 
 
+def run_folder(text: str) -> Path:
+    """Convert an argparse argument to a run's folder, which its checkpoint stands for, too."""
+    path = nonempty_path(text)
+    return path.parent if path.name == "checkpoint.pt" and path.is_file() else path
+
+
 def read_text(path: Path) -> str:
     """Return a text file's contents; raise `OSError`, or `ValueError` if it is no text."""
     try:

@@ -69,7 +69,7 @@ LINE = re.compile(
         ),
         ("--resume RUN", "RUN is no run's folder: there is no RUN/checkpoint.pt"),
         ("--resume missing", "missing is no run's folder"),
-        ("--resume KILLED", "the run in KILLED ended before its first checkpoint: start it again"),
+        ("--resume KILLED", "the run in KILLED has no checkpoint yet; if it has ended, start it"),
         ("--save-dir KILLED", "KILLED already holds a run: name another folder\n"),
         ("--resume RUN --init RUN", "argument --init: a run that is resumed goes on with its own"),
         ("--init missing", "there is no agent in missing: name a run folder"),
@@ -277,11 +277,12 @@ def test_only_a_new_run_is_said_to_start_from_an_agent(tmp_path, monkeypatch, ca
         return 0
 
     monkeypatch.setattr(main, "run", save)
-    run = str(tmp_path / "run")
-    assert main.main(["--init", str(AGENT), "--save-dir", run]) == 0
-    assert f"A3C on Pong-v0 from {AGENT}: 4 training" in capsys.readouterr().out
-    assert main.main(["--resume", run]) == 0
-    assert "A3C on Pong-v0: 4 training" in capsys.readouterr().out
+    run, agent = str(tmp_path / "run"), str(ROOT / "results" / "BreakoutDeterministic-v4.pt")
+    assert main.main(["--init", agent, "--save-dir", run]) == 0  # in its game
+    assert f"A3C on BreakoutDeterministic-v4 from {agent}: 4 t" in capsys.readouterr().out
+    for name in run, f"{run}/checkpoint.pt":
+        assert main.main(["--resume", name]) == 0
+        assert "A3C on BreakoutDeterministic-v4: 4 training" in capsys.readouterr().out
 
 
 def test_every_option_has_a_name_for_learning_or_is_known_not_to_matter():

@@ -15,6 +15,7 @@ from harness.shared import SharedState
         ("--ray", "goes on with: PYTHON --resume RUN --ray 127.0.0.1:6379"),
         ("--max-steps 500", "goes on with: PYTHON --resume RUN"),
         ("--max-steps 100", "goes on with: PYTHON --resume RUN --max-steps 200"),
+        ("--max-steps 40", "goes on with: PYTHON --resume RUN --max-steps 200"),  # it made 100
         ("--max-steps 500 --lr-schedule linear", "goes on with: PYTHON --resume RUN"),
         *[
             (
