@@ -184,7 +184,8 @@ def main(argv: list[str] | None = None) -> int:
         who = f"{args.num_processes} training workers and one test worker"
         say(f"A3C on {args.env_name}{start}: {who}.")
         what = "table, curve, videos, checkpoint, best agent"
-        say(f"All of it lies in {run_folder}: {what}. Ctrl-C stops the run.")
+        say(f"All of it lies in {run_folder}: {what}.")
+        say("A line follows for each test episode; Ctrl-C stops the run.")
         return run(args, shared, run_folder)
 
 
@@ -234,8 +235,7 @@ def run(args: argparse.Namespace, shared: SharedState, run_folder: Path) -> int:
                     shared.save(run_folder, args, shared.elapsed + now - started)
                 if not all_up and shared.stop == workers.GO_ON and supervisor.all_ready():
                     all_up = True
-                    up = f"All {args.num_processes + 1} are up after {now - started:.0f} s."
-                    say(f"{up} A line follows for each test episode.")
+                    say(f"All {args.num_processes + 1} are up after {now - started:.0f} s.")
                 if now - last_report > 60 and shared.dropped.sum() > dropped:
                     last_report, dropped = now, int(shared.dropped.sum())
                     complain(f"{dropped} rollouts dropped so far: loss or gradient not finite")

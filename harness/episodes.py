@@ -71,8 +71,8 @@ def progress(
     `session` is the seconds of this session, `steps_per_second` the present rate.
     """
     ends = []  # seconds left, fraction done
-    if args.max_steps:
-        seconds_left = max(args.max_steps - num_steps, 0) / max(steps_per_second, 1e-3)
+    if args.max_steps and steps_per_second > 0:  # zero at first, while workers start up
+        seconds_left = max(args.max_steps - num_steps, 0) / steps_per_second
         ends.append((seconds_left, num_steps / args.max_steps))
     if args.max_time:
         limit = 3600 * args.max_time
