@@ -38,7 +38,7 @@ def test_a_published_agent_plays_well(agent, at_least, capsys):
 
 def test_the_readme_s_lines_of_python_play_it_and_win(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (RESULTS / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```python\n(.+?)^```", readme, re.MULTILINE | re.DOTALL)
     torch.manual_seed(0)
     exec(example, {})
