@@ -28,7 +28,7 @@ ROOT = Path(main.__file__).parent
 AGENT = ROOT / "results/Pong-v0.pt"
 LINE = re.compile(
     r"Time \d\dh \d\dm \d\ds, num steps (\d+), FPS \d+, episode reward (-?\d+\.\d), "
-    r"episode length (\d+), mean100 (-?\d+\.\d), (\d+)%, \d\dh \d\dm left, FPS now \d+\n"
+    r"episode length (\d+), mean100 (-?\d+\.\d)(?:, (\d+)%, \d\dh \d\dm left)?, FPS now \d+\n"
 )
 
 
