@@ -1,6 +1,10 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import ROOT
 
 from model import ActorCritic
 from my_optim import SharedAdam, state_size
@@ -37,6 +41,18 @@ def test_shared_adam_is_adam(lr):
 def step_once(model, block, seed):
     set_gradients(model, seed)
     SharedAdam(model.parameters(), block=block).step()
+
+
+def test_to_make_and_step_an_adam_does_not_import_the_compiler():
+    program = """if True:
+        import sys, torch
+        from my_optim import SharedAdam
+        weight = torch.nn.Parameter(torch.zeros(3))
+        weight.grad = torch.ones(3)
+        SharedAdam([weight]).step()
+        assert "torch._dynamo" not in sys.modules and weight.sum() < 0
+    """
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_processes_advance_one_adam():
