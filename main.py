@@ -23,10 +23,10 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-import rollout
 from envs import create_atari_env, find_game
 from harness import link, utils
 from harness.checkpoint import checkpoint_of, load_agent, make_run_folder, read_checkpoint
+from harness.fit import tell_if_slow
 from harness.resume import go_on, options_of, way_on
 from harness.settings import write_options
 from harness.shared import SharedState
@@ -39,7 +39,7 @@ from train import train
 def add_run_options(add: Callable[..., Any]) -> None:
     """Add the options that say what is run, how long, and what is written."""
     count, path, switch = number(int, 1), utils.nonempty_path, argparse.BooleanOptionalAction
-    add("--env-name", default="Pong-v0", help="Atari game; test.py --games lists them")
+    add("--env-name", default="Pong-v0", help="Atari game, or that of --init; see test.py --games")
     add("--num-processes", type=number(int, 1, 1024), default=4, help="training workers, a machine")
     add("--max-steps", type=count, help="training steps of all workers; None: run on")
     add("--max-time", type=number(float, 0, 1e6), help="hours of this session; None: run on")
@@ -48,13 +48,11 @@ def add_run_options(add: Callable[..., Any]) -> None:
     add("--seed", type=number(int, 0), default=1, help="of weights, games and sampling")
     add("--save-dir", type=path, help="run folder; None: runs/<env-name>-<k>, the next free k")
     agent, run = utils.nonempty_text, utils.run_folder
-    start = "start from it, by default in its game: run folder or best.pt"
-    add("--init", type=agent, metavar="AGENT", help=start)
+    add("--init", type=agent, metavar="AGENT", help="start from it: run folder or best.pt")
     add("--resume", type=run, metavar="RUN", help="go on with this run, with its options")
     seconds = number(float, 1)
     add("--checkpoint-interval", type=seconds, default=60.0, help="seconds between checkpoints")
-    every = number(int, 0)
-    add("--record-every", type=every, default=100, help="record each n-th test episode; 0: none")
+    add("--record-every", type=number(int, 0), default=100, help="test episodes a video; 0: none")
     add("--annotate", action=switch, default=False, help="videos show what the agent sees, thinks")
     needs = "write event files; needs pip install tensorboard"
     add("--tensorboard", action=switch, default=False, help=needs)
@@ -143,7 +141,7 @@ def prepare(
     Signals are held `until_the_end`, and so is the folder's lock. Exits with status 2 and one line
     if there cannot be such a run; no worker has started by then.
     """
-    args, checkpoint = parse_args(argv), None
+    args, checkpoint, agent = parse_args(argv), None, None
     try:
         until_the_end.enter_context(workers.signals_held())
         if args.ray:
@@ -153,24 +151,22 @@ def prepare(
             until_the_end.enter_context(workers.run_folder_locked(args.resume))
             args, checkpoint = find_run(args, argv)
         elif args.init is not None:  # its game is the default
-            args = parse_args(argv, env_name=load_agent(args.init)[0].unwrapped.env_id)
+            agent = load_agent(args.init)
+            args = parse_args(argv, env_name=agent[0].unwrapped.env_id)
         torch.manual_seed(args.seed)
         env = create_atari_env(args.env_name)
         shape = env.observation_space.shape
         shared = SharedState(args, shape[0], env.action_space.n)
-        different = rollout.difference(shared.model, shape)
         if checkpoint:
             run_folder = args.resume
             go_on(args, shared, checkpoint, run_folder)
         else:
-            if args.init is not None:
-                shared.start_from(Path(args.init), args.env_name)
+            if agent:
+                shared.start_from(*agent, args.env_name)
             run_folder = make_run_folder(args.save_dir, args.env_name)
             until_the_end.enter_context(workers.run_folder_locked(run_folder))
         write_options(vars(args), run_folder, shared.total_steps())
-        if different:
-            slower = "workers use autograd, at half the speed"
-            complain(f"rollout.py does not know the network of model.py ({different}): {slower}")
+        tell_if_slow(shared.model, shape)
     except (OSError, ValueError) as error:
         fail(error)
     return args, shared, run_folder
@@ -183,8 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         start = f" from {args.init}" if args.init and not args.resume else ""
         who = f"{args.num_processes} training workers and one test worker"
         say(f"A3C on {args.env_name}{start}: {who}.")
-        what = "table, curve, videos, checkpoint, best agent"
-        say(f"All of it lies in {run_folder}: {what}.")
+        say(f"All of it lies in {run_folder}: table, curve, videos, checkpoint, best agent.")
         say("A line follows for each test episode; Ctrl-C stops the run.")
         return run(args, shared, run_folder)
 

@@ -3,13 +3,11 @@
 `PlainRollout` says what is computed. `Rollout` computes the same at twice the speed: acting needs
 no graph, and keeps what the layers put out; as the weights do not change inside a rollout,
 learning needs no forward pass of its own, only the backward one, written out below. It fits the
-network as model.py has it, whatever the layers' sizes. Where it does not fit (`difference`), as one
+network as model.py has it, whatever the layers' sizes; where it does not (harness/fit.py), as one
 has changed model.py, workers use `PlainRollout`. To understand A3C, read that one alone.
 """
 
-import copy
 import random
-import warnings
 from typing import Any
 
 import numpy as np
@@ -243,57 +241,3 @@ class StoredTrunk(torch.autograd.Function):
         weights = conv_parameters[::2]
         of_convs = convolutions_backward(maps, grad_features.view_as(maps[-1]), weights)
         return None, None, *of_convs, *of_lstm
-
-
-def create_rollout(
-    model: ActorCritic, shape: tuple[int, ...], max_length: int
-) -> Rollout | PlainRollout:
-    """Return a `Rollout`, or a `PlainRollout` where that computes another network than `model`."""
-    kind = PlainRollout if difference(model, shape) else Rollout
-    return kind(model, max_length)
-
-
-def difference(model: ActorCritic, shape: tuple[int, ...], T: int = 3) -> str | None:
-    """Return what `Rollout` computes otherwise than `model` does, None if nothing.
-
-    They are compared on T made-up steps and a bootstrap.
-    """
-    draw = torch.Generator().manual_seed(0)
-    observations = torch.randn(T + 1, *shape, generator=draw)
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in model.parameters():  # all that a fresh network computes is nearly linear
-            parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more would wait for each other where other runs keep the cores busy
-    try:
-        theirs = _play(PlainRollout(model, T), model, observations)
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of maps that have another size
-                ours = _play(Rollout(model, T), model, observations)
-            return _compare(theirs, ours, model)
-        except Exception as error:  # something has another shape, or another name
-            return str(error).partition("\n")[0] or type(error).__name__
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _play(rollout: Rollout | PlainRollout, model: ActorCritic, observations: Tensor) -> Tensor:
-    """Return values and logits of the observations, (T + 1, 1 + num_actions)."""
-    rollout.start(observations[0].numpy(), model.initial_state())
-    for observation in observations[1:]:
-        rollout.act(random.Random(0))
-        rollout.add(0.0, observation.numpy())
-    values, logits = rollout.values_and_logits()
-    return torch.cat([values.unsqueeze(1), logits], dim=1)
-
-
-def _compare(theirs: Tensor, ours: Tensor, model: ActorCritic) -> str | None:
-    if not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-5):
-        return "values or logits differ"
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    gradients = [torch.autograd.grad(x[:-1].sum(), parameters) for x in (theirs, ours)]
-    for name, a, b in zip(names, *gradients, strict=True):
-        if not torch.allclose(a, b, rtol=1e-3, atol=1e-4):
-            return f"the gradient of {name} differs"
-    return None

@@ -193,17 +193,6 @@ def play(args: argparse.Namespace) -> None:
         say(json.dumps({"episodes": args.episodes, **summary, "rewards": rewards}))
 
 
-def _is_writable(path: Path) -> bool:
-    """Return whether a file can be written there."""
-    try:
-        path.stat()
-    except FileNotFoundError:
-        return os.path.isdir(path.parent) and os.access(path.parent, os.W_OK | os.X_OK)
-    except OSError:  # the name is too long, or a folder above is closed, or is none
-        return False
-    return os.access(path, os.W_OK)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line (or `argv`); bad input is one line and exit status 2."""
     parser = argparse.ArgumentParser("test.py", description="Play a saved agent, or draw runs.")
@@ -224,8 +213,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if sum([args.agent is not None, args.plot is not None, args.games]) != 1:
         fail("name an agent to play (a run folder, best.pt), or --plot runs, or --games")
-    played = "episodes", "greedy", "seed", "record", "annotate", "render", "json"
-    unused = [name for name in played if vars(args)[name] != parser.get_default(name)]
+    typed = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    unused = [name for name in typed if name not in ("agent", "plot", "games")]
     if unused and args.agent is None:
         fail(f"argument --{unused[0]}: needs an agent to play")
     record = args.record
@@ -233,7 +222,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         fail("argument --annotate: needs --record, as it is the video that shows it")
     if record and (record.suffix not in (".mp4", ".gif") or os.path.isdir(record) or args.render):
         fail("argument --record: must be an .mp4 or .gif file, without --render")
-    if record and not _is_writable(record):
+    if record and not utils.is_writable(record):
         fail(f"argument --record: cannot write {record}: name a file in a folder of yours")
     has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
     if args.render and not has_display:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from envs import create_atari_env
 from harness.checkpoint import valid_statistics
+from harness.fit import create_rollout
 from harness.shared import SharedState
 from harness.workers import CoreTurn
 from model import ActorCritic
 from my_optim import SharedAdam
-from rollout import create_rollout
 
 WARM_UP = 2000  # updates: 2 / (1 - beta_2), with Adam's beta_2 of 0.999 (Ma and Yarats 2021)
 

@@ -39,7 +39,8 @@ def load_weights(model: ActorCritic, weights: dict[str, Tensor]) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # a title, and then a line for each thing that does not fit
-        raise ValueError(str(error).splitlines()[-1].strip()) from error
+        title, *lines = str(error).splitlines()
+        raise ValueError(lines[0].strip() if lines else title) from error
 
 
 def describe_versions(contents: dict[str, Any]) -> str:

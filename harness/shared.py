@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gym
 import torch
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from harness.checkpoint import (
     VERSIONS,
     describe_versions,
     dump,
-    load_agent,
     load_weights,
     valid_statistics,
 )
@@ -174,17 +174,16 @@ class SharedState:
         tensors = itertools.chain(self.model.parameters(), *(state.values() for state in moments))
         return all(tensor.isfinite().all() for tensor in tensors)
 
-    def start_from(self, agent: Path, env_name: str) -> None:
-        """Take weights and normaliser from a saved agent, for a new run on `env_name`.
+    def start_from(self, env: gym.Env, model: ActorCritic, env_name: str) -> None:
+        """Take the weights and the normaliser of `load_agent`, for a new run on `env_name`.
 
-        Raises `OSError` or `ValueError`, also if that game has another number of actions.
+        Raises `ValueError` if that game has another number of actions.
         """
-        env, model = load_agent(agent)
         plays, size = env.unwrapped.env_id, env.action_space.n
         if size != self.model.actor_linear.out_features:
             other = self.model.actor_linear.out_features
             raise ValueError(
-                f"{agent} plays {plays} with {size} actions, but {env_name} has {other}"
+                f"the agent plays {plays} with {size} actions, but {env_name} has {other}"
             )
         self.model.load_state_dict(model.state_dict())
         self.statistics.copy_(torch.tensor(env.unwrapped.statistics, dtype=torch.float64))

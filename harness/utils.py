@@ -163,6 +163,17 @@ def run_folder(text: str) -> Path:
     return path.parent if path.name == "checkpoint.pt" and path.is_file() else path
 
 
+def is_writable(path: Path) -> bool:
+    """Return whether a file can be written there."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return os.path.isdir(path.parent) and os.access(path.parent, os.W_OK | os.X_OK)
+    except OSError:  # the name is too long, or a folder above is closed, or is none
+        return False
+    return os.access(path, os.W_OK)
+
+
 def read_text(path: Path) -> str:
     """Return a text file's contents; raise `OSError`, or `ValueError` if it is no text."""
     try:

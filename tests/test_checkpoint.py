@@ -300,7 +300,7 @@ def spoil(folder, how):
         ("text", "checkpoint.pt is damaged"),
         ("hostile", "checkpoint.pt is damaged, or not one of this program's files"),
         ("a number", "checkpoint.pt is damaged, or not one of this program's files"),
-        ("another network", "size mismatch for actor_linear.bias: copying"),
+        ("another network", "size mismatch for actor_linear.weight: copying"),
         ("a weight of nan", "this version of the program cannot go on from the checkpoint ("),
         ("a weight of inf", "(weights that are not finite)"),
         ("stretched moments", "this version of the program cannot go on from the checkpoint ("),
