@@ -157,6 +157,7 @@ def prepare(
         env = create_atari_env(args.env_name)
         shape = env.observation_space.shape
         shared = SharedState(args, shape[0], env.action_space.n)
+        tell_if_slow(shared.model, shape)  # before anything is written, as a new network may fail
         if checkpoint:
             run_folder = args.resume
             go_on(args, shared, checkpoint, run_folder)
@@ -166,7 +167,6 @@ def prepare(
             run_folder = make_run_folder(args.save_dir, args.env_name)
             until_the_end.enter_context(workers.run_folder_locked(run_folder))
         write_options(vars(args), run_folder, shared.total_steps())
-        tell_if_slow(shared.model, shape)
     except (OSError, ValueError) as error:
         fail(error)
     return args, shared, run_folder
