@@ -71,9 +71,10 @@ def progress(
     `session` is the seconds of this session, `steps_per_second` the present rate.
     """
     ends = []  # seconds left, fraction done
-    if args.max_steps and steps_per_second > 0:  # zero at first, while workers start up
-        seconds_left = max(args.max_steps - num_steps, 0) / steps_per_second
-        ends.append((seconds_left, num_steps / args.max_steps))
+    if args.max_steps:
+        steps_left = max(args.max_steps - num_steps, 0)
+        if steps_per_second or not steps_left:  # while workers start up there is no rate yet
+            ends.append((steps_left / max(steps_per_second, 1e-3), num_steps / args.max_steps))
     if args.max_time:
         limit = 3600 * args.max_time
         ends.append((max(limit - session, 0.0), session / limit))

@@ -164,6 +164,7 @@ def test_an_episode_ends_at_once_when_the_run_is_stopped():
         ({"max_steps": 4000}, 100, 1000, 0.25, ", 25%, 03h 20m left"),
         ({"max_steps": 4000}, 100, 4010, 0.25, ", 100%, 00h 00m left"),
         ({"max_steps": 4000}, 100, 1000, 0.0, ""),
+        ({"max_steps": 4000}, 100, 4010, 0.0, ", 100%, 00h 00m left"),
         ({"max_time": 2.0}, 1800, 1000, 10.0, ", 25%, 01h 30m left"),
         ({"max_time": 2.0}, 7300, 1000, 10.0, ", 100%, 00h 00m left"),
         ({"max_time": 2.0, "max_steps": 2000}, 1800, 1500, 0.5, ", 75%, 00h 16m left"),
